@@ -1,0 +1,160 @@
+"""``extract``: a task vector from two checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from devec.core.contracts import TensorSource
+from devec.core.delta import Delta, DenseDelta, LowRankDelta
+from devec.core.errors import IncompatibleError
+from devec.core.layout import Layout
+from devec.core.results import Finding
+from devec.core.vectors import LazyMap, Origin, TaskVector
+from devec.io.names import Selection, nearest
+from devec.linalg.lowrank import svd_of_dense, svd_of_product
+from devec.linalg.rank import RankRule
+
+SMALL_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def extract(
+    base: Any, model: Any, *, name: str | None = None, selection: Selection | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> TaskVector:
+    """``W_ft - W_pre`` per tensor (arXiv:2212.04089), subtracted in ``dtype`` (float32 or wider), lazily.
+
+    ``base`` and ``model`` are paths, state dicts or modules. Raises IncompatibleError where a tensor is missing or of
+    another shape; integer tensors (step counters, masks) are left to the base.
+    """
+    from devec.api.references import open_model
+
+    label = name or (str(model).rstrip("/").rsplit("/", 1)[-1] if not isinstance(model, dict) else "model")
+    return delta_of(
+        open_model(base), open_model(model), name=label, selection=selection or Selection(None, None), dtype=dtype
+    )[0]
+
+
+def delta_of(
+    base: TensorSource,
+    model: TensorSource,
+    *,
+    name: str,
+    selection: Selection,
+    dtype: torch.dtype,
+    partial: bool = False,
+) -> tuple[TaskVector, list[Finding]]:
+    """The lazy difference of two checkpoints, and a finding that names the integer tensors left out.
+
+    ``partial`` skips tensors of unlike shape or that one side lacks (used to reopen what was selected before).
+    """
+    there = set(model.names())
+    names, integers, layouts = [], [], {}
+    for n in base.names():
+        if not selection.keeps(n):
+            continue
+        info = base.info(n)
+        if n not in there:
+            if partial:
+                continue
+            tied = model.ties.get(n)
+            raise IncompatibleError(
+                "the model lacks a tensor of its base",
+                tensor=n,
+                values={"base": tuple(info.shape), "model": f"tied to {tied}" if tied else "missing",
+                        "nearest": ", ".join(nearest(n, there)) or "nothing like it"},
+                file=model.reference,
+                remedy="Use the base that the model was fine-tuned from, or leave the tensor out with --exclude.",
+            )
+        other = model.info(n)
+        if tuple(info.shape) != tuple(other.shape):
+            if partial:
+                continue
+            raise IncompatibleError(
+                "a tensor has another shape than in the base",
+                tensor=n,
+                values={"base": tuple(info.shape), "model": tuple(other.shape)},
+                file=model.file_of(n),
+                remedy="Leave it out with --exclude (heads, resized vocabularies), or use the right base.",
+            )
+        if info.dtype.is_floating_point != other.dtype.is_floating_point:
+            raise IncompatibleError(
+                "a tensor is an integer on one side and a float on the other",
+                tensor=n, values={"base": info.dtype, "model": other.dtype}, file=model.file_of(n),
+                remedy="Leave it out with --exclude.",
+            )
+        if not info.dtype.is_floating_point:
+            integers.append(n)
+            continue
+        names.append(n)
+        layouts[n] = layout_of(base, n)
+    extra = [n for n in model.names() if n not in set(base.names()) and selection.keeps(n)]
+    if extra and not partial:
+        raise IncompatibleError(
+            "the model has a tensor that its base lacks",
+            tensor=extra[0],
+            values={"model": tuple(model.info(extra[0]).shape), "base": "missing",
+                    "nearest": ", ".join(nearest(extra[0], base.names())) or "nothing like it"},
+            file=model.reference,
+            remedy="Use the base that the model was fine-tuned from, or leave the tensor out with --exclude.",
+        )
+
+    def make(n: str) -> Delta:
+        difference = model.get(n).to(dtype) - base.get(n).to(dtype)
+        return DenseDelta(layouts[n].to_matrix(difference))
+
+    vector = TaskVector(
+        name=name,
+        deltas=LazyMap(names, make),
+        layouts=layouts,
+        origin=Origin(
+            reference=model.reference, file=model.reference, dialect="checkpoint", base_name=base.reference,
+            base_fingerprint=fingerprint_of(base),
+        ),
+        partial=False,
+    )
+    notes = []
+    if integers:
+        notes.append(
+            Finding("integer-copied", f"{name}: {len(integers)} integer tensors are left to the base", tuple(integers))
+        )
+    return vector, notes
+
+
+def fingerprint_of(source: TensorSource) -> str | None:
+    return source.fingerprint() if hasattr(source, "fingerprint") else None
+
+
+def layout_of(source: TensorSource, name: str) -> Layout:
+    return source.layout(name) if hasattr(source, "layout") else Layout(tuple(source.info(name).shape))
+
+
+def to_lora(
+    vector: TaskVector, *, rank: int | None = None, energy: float | None = None, error: float | None = None
+) -> tuple[TaskVector, dict[str, float]]:
+    """Low-rank factors of every matrix, and the relative Frobenius error made in each.
+
+    Per tensor: at most ``rank`` directions, or the fewest that keep the fraction ``energy`` of ``|W|_F^2``, or the
+    fewest with ``|W - BA|_F <= error |W|_F``. 1-D parameters cannot be factors and are left out (reported as error 1).
+    """
+    if error is not None:
+        energy = max(1.0 - error * error, 1e-12)
+    rule = RankRule.parse(rank) if rank is not None else RankRule("energy", float(energy or 1.0))
+    errors: dict[str, float] = {}
+    factored: dict[str, Delta] = {}
+    for n in vector.deltas:
+        if vector.layouts[n].is_vector:
+            errors[n] = 1.0
+            continue
+        delta = vector.deltas[n]
+        if isinstance(delta, LowRankDelta):
+            svd = svd_of_product(delta.B, delta.A, rule)
+        else:
+            svd = svd_of_dense(delta.dense(), rule, exact=rank is None, key=(vector.name, n))
+        errors[n] = max(1.0 - svd.energy_kept, 0.0) ** 0.5
+        root = svd.S.sqrt().to(svd.U.dtype)
+        factored[n] = LowRankDelta(svd.U * root, root[:, None] * svd.V.T)
+    layouts = {n: vector.layouts[n] for n in factored}
+    return replace(vector, deltas=factored, layouts=layouts, partial=True), errors

@@ -1,0 +1,289 @@
+"""References to weights: what a user may type where a model or a vector is wanted.
+
+``PATH`` · ``BASE+ADAPTER`` (adapter applied to a base) · ``ARTIFACT#part`` · ``name=REFERENCE``. In Python a state dict
+or a module stands for a checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from devec.api.edit import Edited, edit
+from devec.api.extract import delta_of
+from devec.core.contracts import TensorSource
+from devec.core.decomposition import Decomposition
+from devec.core.errors import IncompatibleError, InputError, UsageError
+from devec.core.options import View
+from devec.core.results import Finding
+from devec.core.vectors import LazyMap, Pool, TaskVector
+from devec.io import artifact
+from devec.io.adapters import is_adapter, read_adapter
+from devec.io.checkpoint import (
+    Checkpoint,
+    checkpoint_from_module,
+    checkpoint_from_state_dict,
+    open_checkpoint,
+)
+from devec.io.names import Selection, resolve_names
+
+ModelLike = Any
+"""A path, a reference, a Checkpoint, a state dict or a torch module."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How vectors are read: against which base, in which dtype, which tensors, and how artifacts are viewed."""
+
+    base: TensorSource | None = None
+    dtype: torch.dtype = torch.float32
+    selection: Selection = field(default_factory=lambda: Selection(None, None))
+    view: View | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A parsed reference. ``path`` is the model or adapter, ``base`` the left of a ``+``, ``part`` what follows ``#``."""
+
+    text: str
+    name: str | None
+    path: str
+    base: str | None = None
+    part: str | None = None
+
+
+def parse(text: str) -> Reference:
+    """Split a reference. A path that exists as typed is that path, whatever signs it holds."""
+    name, rest = None, text
+    match = re.match(r"^([A-Za-z0-9_.-]+)=(.+)$", text)
+    if match and not Path(text).exists():
+        name, rest = match.group(1), match.group(2)
+    if Path(rest).exists():
+        return Reference(text, name, rest)
+    path, _, part = rest.partition("#")
+    if not path:
+        raise UsageError(f"{text!r} names no file", remedy="Write PATH, name=PATH, BASE+ADAPTER or ARTIFACT#part.")
+    if Path(path).exists() or "+" not in path:
+        return Reference(text, name, path, part=part or None)
+    for at in [m.start() for m in re.finditer(r"\+", path)]:
+        left, right = path[:at], path[at + 1 :]
+        if Path(left).exists() and Path(right).exists():
+            return Reference(text, name, right, base=left, part=part or None)
+    left, _, right = path.partition("+")
+    return Reference(text, name, right, base=left, part=part or None)
+
+
+def existing(path: str, text: str) -> Path:
+    """The path, or an error with the nearest names that do exist."""
+    from difflib import get_close_matches
+
+    found = Path(path)
+    if found.exists():
+        return found
+    near: list[str] = []
+    if found.parent.is_dir():
+        near = get_close_matches(found.name, [p.name for p in found.parent.iterdir()], n=3, cutoff=0.5)
+    hint = f"Did you mean {', '.join(str(found.parent / n) for n in near)}?" if near else "Check the path."
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", path) and not near:
+        hint = "Check the path; ids of the Hugging Face Hub are not read by this version: download the model first."
+    raise InputError(f"there is no {text!r}", remedy=hint)
+
+
+def open_model(model: ModelLike) -> TensorSource:
+    """A model in weight space: a path, ``BASE+ADAPTER``, a state dict or a module."""
+    if isinstance(model, (str, Path)):
+        ref = parse(str(model))
+        if ref.part is not None:
+            raise UsageError(f"{ref.text!r} is a part, not a model", remedy="Apply it to a base: BASE+ADAPTER.")
+        if ref.base is not None:
+            base = open_model(ref.base)
+            adapter = load_vector(ref.path, base=base)
+            return edit(base, [(1.0, adapter)])
+        path = existing(ref.path, ref.text)
+        if path.is_dir() and artifact.artifact_kind(path):
+            raise UsageError("an artifact is no model", file=path, remedy="Use devec apply with --base.")
+        return open_checkpoint(path)
+    if isinstance(model, torch.nn.Module):
+        return checkpoint_from_module(model)
+    if isinstance(model, Mapping):
+        return checkpoint_from_state_dict(model)
+    if isinstance(model, (Checkpoint, Edited)):
+        return model
+    raise UsageError(f"cannot read a model from {type(model).__name__}")
+
+
+def load_vector(
+    reference: str | Path,
+    *,
+    base: ModelLike | None = None,
+    name: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    selection: Selection | None = None,
+    view: View | None = None,
+) -> TaskVector:
+    """One task vector from a reference. Adapters need no base; a full checkpoint needs ``base``."""
+    reading = Reading(
+        None if base is None else open_model(base), dtype, selection or Selection(None, None), view
+    )
+    return read_vector(str(reference), reading, name)[0]
+
+
+def read_vector(text: str, reading: Reading, name: str | None = None) -> tuple[TaskVector, list[Finding]]:
+    ref = parse(text)
+    path = existing(ref.path, ref.text)
+    label = name or ref.name
+    kind = artifact.artifact_kind(path) if path.is_dir() else None
+    notes: list[Finding] = []
+    if ref.part is not None or kind is not None:
+        vector = _from_artifact(ref, path, kind, reading)
+    elif ref.base is not None:
+        under = open_model(ref.base)
+        model = edit(under, [(1.0, read_adapter(path, base=under, dtype=reading.dtype))])
+        vector, notes = _checkpoint_vector(model, path, reading)
+    elif is_adapter(path):
+        vector = read_adapter(path, base=reading.base, dtype=reading.dtype)
+    else:
+        vector, notes = _checkpoint_vector(open_checkpoint(path), path, reading)
+    vector = select(vector, reading.selection)
+    if label is not None:
+        vector = vector.named(label)
+    return replace(vector, origin=replace(vector.origin, reference=ref.text)), notes
+
+
+def _checkpoint_vector(model: TensorSource, path: Path, reading: Reading) -> tuple[TaskVector, list[Finding]]:
+    if reading.base is None:
+        raise UsageError(
+            "a full checkpoint is a task vector only against its base", file=path, remedy="Give --base BASE."
+        )
+    name = path.name if path.is_dir() else path.stem
+    return delta_of(reading.base, model, name=name, selection=reading.selection, dtype=reading.dtype)
+
+
+def _from_artifact(ref: Reference, path: Path, kind: str | None, reading: Reading) -> TaskVector:
+    if kind is None:
+        raise UsageError(
+            f"{ref.text!r} asks for a part, but this is not a decomposition", file=path,
+            remedy="Parts are read from what devec decompose -o writes.",
+        )
+    if kind == "task-vector":
+        if ref.part is not None:
+            raise UsageError("a task vector has no parts", file=path, remedy="Leave out #" + ref.part + ".")
+        return artifact.read_task_vector(path, reading.dtype)
+    if ref.part is None:
+        raise UsageError(
+            "a decomposition holds several parts", file=path, remedy="Name one: #unique:A, #shared:A+B, #original:A."
+        )
+    return load_decomposition(path, view=reading.view).part(ref.part)
+
+
+def load_decomposition(path: str | Path, *, view: View | None = None) -> Decomposition:
+    """A decomposition from the folder that ``devec decompose -o`` wrote; ``view`` replaces the stored choices.
+
+    Dense vectors are read from where they were, and refused (exit 4) if their bytes or their base's have changed.
+    """
+    folder = existing(str(path), str(path))
+    d = artifact.read_decomposition(folder, _reopen)
+    return d if view is None else d.with_view(view)
+
+
+def _reopen(name: str, source: artifact.Source) -> TaskVector:
+    base = _unchanged(source.base, source.base_sha256, "base")
+    model = _unchanged(source.model, source.model_sha256, f"vector {name}")
+    return delta_of(base, model, name=name, selection=Selection(None, None), dtype=torch.float32, partial=True)[0]
+
+
+def _unchanged(path: str, sha256: str, what: str) -> Checkpoint:
+    model = open_checkpoint(existing(path, path))
+    now = model.fingerprint()
+    if now != sha256:
+        raise IncompatibleError(
+            f"the {what} has changed since it was decomposed",
+            values={"then": sha256[:16], "now": now[:16]}, file=path,
+            remedy="Restore the file, or decompose again.",
+        )
+    return model
+
+
+def select(vector: TaskVector, selection: Selection) -> TaskVector:
+    """Only the tensors that ``--include`` and ``--exclude`` let through (heads too)."""
+    keep = [n for n in vector.deltas if selection.keeps(n)]
+    heads = {n: t for n, t in vector.heads.items() if selection.keeps(n)}
+    if len(keep) == len(vector.deltas) and len(heads) == len(vector.heads):
+        return vector
+    return replace(
+        vector,
+        deltas=LazyMap(keep, lambda n: vector.deltas[n]),
+        layouts={n: vector.layouts[n] for n in keep},
+        heads=heads,
+    )
+
+
+def load_pool(
+    references: Sequence[str | Path | TaskVector],
+    *,
+    base: ModelLike | None = None,
+    dtype: torch.dtype = torch.float32,
+    selection: Selection | None = None,
+    view: View | None = None,
+) -> tuple[Pool, list[Finding]]:
+    """Several vectors that share a base, in the order given, and what was noticed while reading them."""
+    reading = Reading(
+        None if base is None else open_model(base), dtype, selection or Selection(None, None), view
+    )
+    vectors, notes = [], []
+    for item in references:
+        if isinstance(item, TaskVector):
+            vectors.append(select(item, reading.selection))
+            continue
+        vector, found = read_vector(str(item), reading)
+        vectors.append(vector)
+        notes += found
+    if any(not v.partial for v in vectors) and any(v.partial for v in vectors):
+        vectors = _one_spelling(vectors)
+    pool = Pool(tuple(vectors))
+    if len(pool) > 1 and not set.intersection(*(set(v.deltas) for v in pool)):
+        _no_common_module(pool)
+    return pool, notes
+
+
+def _no_common_module(pool: Pool) -> None:
+    """Adapters may lack modules, but vectors without any pair in common have nothing to say to each other."""
+    for i, a in enumerate(pool):
+        if not any(set(a.deltas) & set(b.deltas) for j, b in enumerate(pool) if i != j):
+            other = next(b for b in pool if b is not a)
+            raise IncompatibleError(
+                f"{a.name} has no module in common with the others",
+                values={a.name: next(iter(a.deltas), "nothing"), other.name: next(iter(other.deltas), "nothing")},
+                file=a.origin.file,
+                remedy="Use vectors of one architecture.",
+            )
+
+
+def _one_spelling(vectors: list[TaskVector]) -> list[TaskVector]:
+    """Adapters beside checkpoints: adapter names are matched to the checkpoint's spelling."""
+    names = next(list(v.deltas) for v in vectors if not v.partial)
+    return [rename(v, resolve_names(v.deltas, names)) if v.partial else v for v in vectors]
+
+
+def rename(vector: TaskVector, spelling: Mapping[str, str]) -> TaskVector:
+    """The same vector under other tensor names; writers use ``origin.config`` to find the old ones again."""
+    back = {new: old for old, new in spelling.items()}
+    make: Callable[[str], Any] = lambda n: vector.deltas[back[n]]  # noqa: E731
+    config = {**vector.origin.config, "devec_spelling": back}
+    return replace(
+        vector,
+        deltas=LazyMap([spelling[n] for n in vector.deltas], make),
+        layouts={spelling[n]: vector.layouts[n] for n in vector.deltas},
+        origin=replace(vector.origin, config=config),
+    )
+
+
+def as_state_dict(source: TensorSource) -> dict[str, Tensor]:
+    """Every tensor of a source, in memory."""
+    return {n: source.get(n) for n in source.names()}

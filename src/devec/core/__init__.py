@@ -1,0 +1,1 @@
+"""Nouns and contracts. Nothing here opens a file; nothing here knows a command line."""

@@ -1,0 +1,33 @@
+"""One tensor name, its base and its T deltas: the unit that every method sees and the engine streams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from devec.core.delta import Delta
+from devec.core.layout import Layout
+
+
+@dataclass(frozen=True)
+class Block:
+    """``deltas[i]`` belongs to ``vectors[i]`` and is ``None`` where that vector does not touch the tensor.
+
+    ``base``  the base weight as the matrix ``out x in``, or ``None`` when the method needs none
+    ``stats`` per-tensor statistics that a method asked for with ``needs=``: activation second moments
+              ("moments"), diagonal Fisher ("fisher"), masks ("mask")
+    """
+
+    name: str
+    layout: Layout
+    vectors: tuple[str, ...]
+    deltas: tuple[Delta | None, ...]
+    base: Tensor | None = None
+    stats: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def present(self) -> list[int]:
+        """Indices of the vectors that have this tensor."""
+        return [i for i, d in enumerate(self.deltas) if d is not None]

@@ -1,0 +1,110 @@
+"""What the parts promise one another. The engine, the methods and io meet only through these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from devec.core.block import Block
+from devec.core.delta import Delta
+
+Grain = Literal["elements", "rows", "matrix", "tensor"]
+"""The smallest piece a method may be given: single elements, blocks of rows, a whole matrix, or a whole tensor
+together with facts about the rest of the model."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of a tensor, before anything is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@runtime_checkable
+class TensorSource(Protocol):
+    """Named tensors, read one at a time. Reading is pure: the same name gives the same bytes."""
+
+    @property
+    def reference(self) -> str: ...
+
+    def names(self) -> Sequence[str]:
+        """Tensor names in file-offset order."""
+        ...
+
+    def info(self, name: str) -> TensorInfo: ...
+
+    def get(self, name: str) -> Tensor:
+        """The tensor as stored (its own dtype and shape)."""
+        ...
+
+    def file_of(self, name: str) -> str:
+        """The file that holds it, for error messages."""
+        ...
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        """alias -> the stored name whose storage it shares (tied weights are stored once)."""
+        ...
+
+
+class TensorSink(Protocol):
+    """Where finished tensors go. Nothing appears under the final name before :meth:`commit`."""
+
+    def put(self, name: str, value: Tensor) -> None: ...
+
+    def commit(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+class BlockMethod(Protocol):
+    """A plain function of one block: ``method(block, **parameters) -> Delta`` (the merged delta)."""
+
+    def __call__(self, block: Block, **parameters: Any) -> Delta: ...
+
+
+S = TypeVar("S")
+R = TypeVar("R")
+
+
+class TwoPassMethod(Protocol[S, R]):
+    """A method that needs a small statistic of the whole block before it can finish any part of it.
+
+    ``combine`` is associative, so that any split of the rows over any number of workers gives the same answer up
+    to the order of float64 additions, which the engine fixes.
+    """
+
+    def start(self, block: Block) -> S: ...
+
+    def update(self, state: S, part: Block) -> S: ...
+
+    def combine(self, left: S, right: S) -> S: ...
+
+    def solve(self, state: S) -> R: ...
+
+    def apply(self, solution: R, part: Block) -> Mapping[str, Delta]: ...
+
+
+class SequentialMethod(Protocol):
+    """A method whose layer l needs the merged layers before it (RegMean++); driven in depth order by api."""
+
+    def order(self, names: Sequence[str]) -> Sequence[str]: ...
+
+    def step(self, block: Block, state: Any) -> tuple[Delta, Any]: ...
+
+
+class Objective(Protocol):
+    """A loss that can be differentiated with respect to merged weights.
+
+    Gradients come one tensor at a time, so that the gradient with respect to a coefficient is an inner product
+    ``<dL/dW, Delta_t>`` and no sum of T copies of a model is ever built.
+    """
+
+    def loss(self) -> float: ...
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]: ...

@@ -1,0 +1,103 @@
+"""Frozen results: factors of one tensor, spectra of overlaps, findings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from devec.core.layout import Layout
+from devec.linalg.lowrank import ThinSVD
+from devec.linalg.subspace import Overlaps, overlaps
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Orthonormal columns ``Z (n, d)``, with the two things that one does with them, as thin products."""
+
+    basis: Tensor
+
+    @property
+    def dimension(self) -> int:
+        return int(self.basis.shape[1])
+
+    def project(self, W: Tensor) -> Tensor:
+        """``Z Z^T W`` (Eq. 11, 12), in O(n d m); the n x n projector is never formed."""
+        Z = self.basis.to(W.dtype)
+        return Z @ (Z.T @ W)
+
+    def residual(self, W: Tensor) -> Tensor:
+        """``W - Z Z^T W`` (Eq. 13)."""
+        return W - self.project(W)
+
+
+@dataclass(frozen=True)
+class TensorFactors:
+    """What a decomposition keeps of one tensor.
+
+    ``svd[i]``   thin SVD of vector i's delta, cut by the rank rule; vectors without the tensor, or with a zero
+                 delta, have none and take no part in this tensor
+    ``norms[i]`` Frobenius norm of the whole delta
+    ``gram``     inner products ``<Delta_i, Delta_j>`` of the whole deltas, for i <= j, of vectors that have the tensor
+    ``low_rank`` vectors whose delta came as factors
+    """
+
+    name: str
+    layout: Layout
+    svd: Mapping[int, ThinSVD]
+    norms: Mapping[int, float] = field(default_factory=dict)
+    gram: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    low_rank: frozenset[int] = frozenset()
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        return tuple(sorted(self.svd))
+
+    def basis(self, i: int, side: str) -> Tensor:
+        return self.svd[i].U if side == "left" else self.svd[i].V
+
+    def side_length(self, side: str) -> int:
+        n, m = self.layout.matrix_shape
+        return n if side == "left" else m
+
+    def overlaps(self, side: str) -> Overlaps:
+        """Overlaps of the members' bases; position in ``members`` is the index there."""
+        return overlaps([self.basis(i, side) for i in self.members])
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues of one pair (or of all vectors jointly) of one tensor on one side, and what was decided.
+
+    ``eigenvalues`` cos^2 (pairs), mean coverage (consensus) or real part (chain), descending
+    ``p_values``    chance of a null *largest* eigenvalue this large
+    ``applied``     the threshold these eigenvalues were held against (mapped for k >= 3); with "chance" the smallest
+                    eigenvalue that passed, or 1 if none did
+    ``edge``        where independent subspaces of these ranks end, asymptotically (pairs; the largest pair for joint)
+    ``keep``        mask of the eigenvalues called shared
+    ``ties``        how many lie within rounding of the threshold
+    """
+
+    eigenvalues: Tensor
+    p_values: Tensor
+    applied: float
+    edge: float
+    keep: Tensor
+    ties: int = 0
+
+    @property
+    def count(self) -> int:
+        return int(self.keep.sum())
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A warning with a code of docs/commands.md, the tensors it concerns, and one sentence."""
+
+    code: str
+    message: str
+    tensors: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, object]:
+        return {"code": self.code, "tensors": list(self.tensors), "message": self.message}

@@ -1,0 +1,145 @@
+"""From factors to decisions: which directions of which tensor are shared, for a given view.
+
+With ``threshold="chance"`` the decision spans all tensors (one false discovery rate), so this works on the whole
+decomposition at once; everything else is per tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from devec.core.options import Factoring, View
+from devec.core.results import Spectrum, TensorFactors
+from devec.linalg import chance, subspace
+from devec.linalg.numerics import TIE
+
+Pair = tuple[int, int]
+Key = tuple[str, str, Pair | None]
+"""(tensor, side, pair of vector indices); the pair is None for the joint spectrum."""
+
+
+@dataclass(frozen=True)
+class SideAlgebra:
+    """Everything derived from one tensor's overlaps on one side, before any threshold."""
+
+    overlaps: subspace.Overlaps
+    positions: Mapping[int, int]  # vector index -> index in overlaps
+    pairs: Mapping[Pair, subspace.PairSpectrum]
+    joint: subspace.ConsensusSpectrum | subspace.ChainSpectrum | None
+
+
+def sides_of(side: str) -> tuple[str, ...]:
+    return ("left", "right") if side == "both" else (side,)
+
+
+def wanted_pairs(members: Sequence[int], target: int | None) -> list[Pair]:
+    """All pairs i < j, or with a target only those that hold it (the target's cost is linear in the pool)."""
+    return [
+        (i, j)
+        for a, i in enumerate(members)
+        for j in members[a + 1 :]
+        if target is None or target in (i, j)
+    ]
+
+
+def side_algebra(
+    factors: TensorFactors, side: str, target: int | None, joint: str | None, angles: bool
+) -> SideAlgebra:
+    M = factors.overlaps(side)
+    position = {i: p for p, i in enumerate(factors.members)}
+    pairs: dict[Pair, subspace.PairSpectrum] = {}
+    for i, j in wanted_pairs(factors.members, target):
+        if angles:
+            pairs[i, j], _ = subspace.angle_spectrum(factors.basis(i, side), factors.basis(j, side))
+        else:
+            pairs[i, j] = subspace.pair_spectrum(M.block(position[i], position[j]))
+    both: subspace.ConsensusSpectrum | subspace.ChainSpectrum | None = None
+    if joint == "consensus":
+        both = subspace.consensus_spectrum(M)
+    elif joint == "chain":
+        both = subspace.chain_spectrum(M)
+    return SideAlgebra(M, position, pairs, both)
+
+
+def decide(
+    tensors: Mapping[str, TensorFactors],
+    algebra: Mapping[tuple[str, str], SideAlgebra],
+    factoring: Factoring,
+    view: View,
+) -> dict[Key, Spectrum]:
+    """One :class:`Spectrum` per tensor, side and pair (and joint), with the shared directions marked."""
+    tie = TIE[getattr(torch, factoring.dtype)]
+    spectra: dict[Key, Spectrum] = {}
+    for (name, side), a in algebra.items():
+        n = tensors[name].side_length(side)
+        for (i, j), s in a.pairs.items():
+            r1, r2 = a.overlaps.ranks[a.positions[i]], a.overlaps.ranks[a.positions[j]]
+            values = s.eigenvalues
+            spectra[name, side, (i, j)] = _against(
+                values, chance.pair_p_values(values, r1, r2, n), view.threshold, chance.edge(r1, r2, n), tie
+            )
+        if a.joint is not None:
+            spectra[name, side, None] = _joint(a, n, view, tie)
+    if view.threshold == "chance":
+        _false_discovery(spectra, algebra, view, factoring)
+    return spectra
+
+
+def _against(values: Tensor, p: Tensor, threshold: float | str, edge: float, tie: float) -> Spectrum:
+    if isinstance(threshold, str):  # "chance": marked later, over all tensors at once
+        return Spectrum(values, p, 1.0, edge, torch.zeros_like(values, dtype=torch.bool))
+    keep = values > threshold - tie
+    return Spectrum(values, p, threshold, edge, keep, int(((values - threshold).abs() <= tie).sum()))
+
+
+def _joint(a: SideAlgebra, n: int, view: View, tie: float) -> Spectrum:
+    ranks, k = a.overlaps.ranks, a.overlaps.k
+    edge = max(chance.edge(ranks[i], ranks[j], n) for i in range(k) for j in range(i + 1, k))
+    chain = isinstance(a.joint, subspace.ChainSpectrum)
+    if isinstance(a.joint, subspace.ChainSpectrum):
+        values = a.joint.real
+    else:
+        assert isinstance(a.joint, subspace.ConsensusSpectrum)
+        values = a.joint.mean
+    p = chance.joint_p_values(values, ranks, n, "chain" if chain else "consensus")
+    if isinstance(view.threshold, str):
+        return _against(values, p, view.threshold, edge, tie)
+    tau = view.threshold
+    if view.paper:
+        mapped = tau
+    else:
+        mapped = subspace.chain_threshold(tau, k) if chain else subspace.consensus_threshold(tau, k)
+    spectrum = _against(values, p, mapped, edge, tie)
+    if isinstance(a.joint, subspace.ConsensusSpectrum):
+        # A direction that one vector lacks can pass the mean of 14 or more; every vector must hold it.
+        spectrum = replace(spectrum, keep=spectrum.keep & (a.joint.coverage.min(0).values > tau - tie))
+    return spectrum
+
+
+def _false_discovery(
+    spectra: dict[Key, Spectrum], algebra: Mapping[tuple[str, str], SideAlgebra], view: View, factoring: Factoring
+) -> None:
+    """Benjamini-Hochberg at ``view.fdr`` over everything tested: joint spectra in joint mode, pairs otherwise."""
+    tested = [key for key in spectra if (key[2] is None) == (factoring.mode == "joint")]
+    if not tested:
+        return
+    cutoff = chance.benjamini_hochberg(torch.cat([spectra[key].p_values for key in tested]), view.fdr)
+    for key, s in spectra.items():
+        keep = s.p_values <= cutoff
+        joint = algebra[key[0], key[1]].joint
+        if key[2] is None and isinstance(joint, subspace.ConsensusSpectrum):
+            keep = keep & _held_by_all(joint, algebra[key[0], key[1]].overlaps, view.fdr)
+        applied = float(s.eigenvalues[keep].min()) if bool(keep.any()) else 1.0
+        spectra[key] = replace(s, keep=keep, applied=applied)
+
+
+def _held_by_all(joint: subspace.ConsensusSpectrum, M: subspace.Overlaps, fdr: float) -> Tensor:
+    """Every vector must hold the direction beyond chance: its coverage against one random direction, at fdr/k."""
+    held = torch.ones(joint.mean.shape[0], dtype=torch.bool)
+    for i, r in enumerate(M.ranks):
+        held &= chance.pair_p_values(joint.coverage[i], 1, r, M.n) <= fdr / M.k
+    return held

@@ -1,0 +1,336 @@
+"""Saved decompositions and task vectors: safetensors beside a JSON manifest.
+
+A decomposition keeps its factors. Low-rank inputs are embedded whole, so their parts need no other file; dense inputs
+are referred to by path and SHA-256, and a source that changed since is refused. Vectors that live in memory have no
+file to refer to and are embedded too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from devec.core.contracts import TensorInfo
+from devec.core.decomposition import Decomposition
+from devec.core.delta import Delta, DenseDelta, LowRankDelta
+from devec.core.errors import InputError
+from devec.core.layout import Layout
+from devec.core.options import Factoring, View
+from devec.core.results import Finding, TensorFactors
+from devec.core.split import RowSplit, split_rows
+from devec.core.vectors import LazyMap, Origin, Pool, TaskVector
+from devec.io.safetensors_file import SafetensorsFile
+from devec.io.writer import SafetensorsWriter
+from devec.linalg.lowrank import ThinSVD
+
+MANIFEST = "manifest.json"
+FACTORS = "factors.safetensors"
+DELTAS = "delta.safetensors"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """How to find a dense vector again: its model and base, with the fingerprints they had."""
+
+    model: str
+    model_sha256: str
+    base: str
+    base_sha256: str
+
+
+Reopen = Callable[[str, Source], TaskVector]
+"""``reopen(vector name, source)`` -> the dense vector, after checking both fingerprints (api does this)."""
+
+
+def artifact_kind(path: Path) -> str | None:
+    """"decomposition", "task-vector", or ``None`` if the folder is no artifact of ours."""
+    manifest = path / MANIFEST
+    if not manifest.is_file():
+        return None
+    try:
+        kind = _read_json(manifest).get("kind")
+    except InputError:
+        return None
+    return kind if kind in ("decomposition", "task-vector") else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError("a file of the artifact is missing", file=path) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the artifact: {error}", file=path) from None
+    if not isinstance(value, dict):
+        raise InputError("not a JSON object", file=path)
+    return value
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], kind: str) -> None:
+    entries = [(n, TensorInfo(tuple(t.shape), t.dtype)) for n, t in tensors.items()]
+    writer = SafetensorsWriter(path, entries, {"format": "pt", "devec.kind": kind})
+    for n, t in tensors.items():
+        writer.put(n, t)
+    writer.close()
+
+
+def _layout_out(layout: Layout) -> dict[str, Any]:
+    return {"shape": list(layout.shape), "transposed": layout.transposed}
+
+
+def _layout_in(value: Mapping[str, Any]) -> Layout:
+    return Layout(tuple(value["shape"]), bool(value["transposed"]))
+
+
+def _origin_out(origin: Origin) -> dict[str, Any]:
+    return {**asdict(origin), "config": dict(origin.config)}
+
+
+# --- decompositions ------------------------------------------------------------------------------------------------
+
+
+def write_decomposition(
+    folder: Path,
+    d: Decomposition,
+    summary: Mapping[str, Any],
+    sources: Mapping[str, Source],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write ``factors.safetensors``, ``spectra.json`` and ``manifest.json`` into an existing empty folder.
+
+    ``sources`` says for which vectors the deltas are referred to instead of embedded.
+    """
+    tensors: dict[str, Tensor] = {}
+    rows: list[dict[str, Any]] = []
+    keep_right = d.factoring.side != "left"
+    for index, (name, t) in enumerate(d.tensors.items()):
+        for i, svd in t.svd.items():
+            key = f"t{index:05d}.v{i}"
+            tensors[f"{key}.U"], tensors[f"{key}.S"] = svd.U, svd.S
+            if keep_right or i in t.low_rank:
+                tensors[f"{key}.V"] = svd.V
+        rows.append(
+            {
+                "name": name,
+                "layout": _layout_out(t.layout),
+                "members": list(t.svd),
+                "totals": [svd.total for svd in t.svd.values()],
+                "norms": {str(i): x for i, x in t.norms.items()},
+                "gram": [[i, j, x] for (i, j), x in t.gram.items()],
+                "low_rank": sorted(t.low_rank),
+            }
+        )
+    vectors = []
+    for i in range(len(d.pool)):
+        source = sources.get(d.vectors[i])
+        whole = d.original(d.vectors[i])
+        vectors.append(_vector_out(whole, f"v{i}", tensors, embed=source is None, source=source))
+    _write_tensors(folder / FACTORS, {n: t.contiguous() for n, t in tensors.items()}, "decomposition")
+    write_json(folder / "spectra.json", summary)
+    write_json(
+        folder / MANIFEST,
+        {
+            "schema": SCHEMA,
+            "kind": "decomposition",
+            "factoring": asdict(d.factoring),
+            "view": asdict(d.view),
+            "vectors": vectors,
+            "splits": {
+                n: {"layout": _layout_out(s.layout), "parts": [list(p) for p in s.parts]} for n, s in d.splits.items()
+            },
+            "notes": [f.as_dict() for f in d.notes],
+            "tensors": rows,
+            "provenance": dict(provenance),
+        },
+    )
+
+
+def _vector_out(
+    v: TaskVector, prefix: str, tensors: dict[str, Tensor], *, embed: bool, source: Source | None
+) -> dict[str, Any]:
+    names = v.names()
+    if embed:
+        for k, n in enumerate(names):
+            delta = v.deltas[n]
+            if isinstance(delta, LowRankDelta):
+                tensors[f"{prefix}.d{k:05d}.B"], tensors[f"{prefix}.d{k:05d}.A"] = delta.B, delta.A
+            else:
+                tensors[f"{prefix}.d{k:05d}.W"] = delta.dense()
+    heads = list(v.heads)
+    for k, n in enumerate(heads):
+        tensors[f"{prefix}.h{k:05d}"] = v.heads[n]
+    return {
+        "name": v.name,
+        "names": names,
+        "layouts": [_layout_out(v.layouts[n]) for n in names],
+        "heads": heads,
+        "origin": _origin_out(v.origin),
+        "space": v.space,
+        "partial": v.partial,
+        "source": None if source is None else asdict(source),
+    }
+
+
+def _vector_in(row: Mapping[str, Any], prefix: str, file: SafetensorsFile) -> TaskVector:
+    names: list[str] = list(row["names"])
+    place = {n: f"{prefix}.d{k:05d}" for k, n in enumerate(names)}
+    stored = set(file.names())
+
+    def make(n: str) -> Delta:
+        key = place[n]
+        if f"{key}.W" in stored:
+            return DenseDelta(file.get(f"{key}.W"))
+        return LowRankDelta(file.get(f"{key}.B"), file.get(f"{key}.A"))
+
+    return TaskVector(
+        name=row["name"],
+        deltas=LazyMap(names, make),
+        layouts=dict(zip(names, map(_layout_in, row["layouts"]), strict=True)),
+        heads={n: file.get(f"{prefix}.h{k:05d}") for k, n in enumerate(row["heads"])},
+        origin=Origin(**row["origin"]),
+        space=row["space"],
+        partial=row["partial"],
+    )
+
+
+def read_decomposition(folder: Path, reopen: Reopen) -> Decomposition:
+    """The decomposition as it was written; dense vectors are reopened through ``reopen``."""
+    manifest = _read_json(folder / MANIFEST)
+    if manifest.get("kind") != "decomposition" or manifest.get("schema") != SCHEMA:
+        raise InputError(
+            "not a decomposition that this version reads",
+            values={"kind": manifest.get("kind"), "schema": manifest.get("schema")},
+            file=folder / MANIFEST,
+        )
+    file = SafetensorsFile(folder / FACTORS)
+    try:
+        return _decomposition(manifest, file, reopen)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the manifest and the factors do not fit: {error!r}", file=folder / MANIFEST) from None
+
+
+def _decomposition(manifest: Mapping[str, Any], file: SafetensorsFile, reopen: Reopen) -> Decomposition:
+    vectors: list[TaskVector] = []
+    for i, row in enumerate(manifest["vectors"]):
+        if row["source"] is None:
+            vectors.append(_vector_in(row, f"v{i}", file))
+        else:
+            vectors.append(_reopened(row, reopen))
+    splits = {
+        n: RowSplit(_layout_in(s["layout"]), tuple((p[0], p[1], p[2]) for p in s["parts"]))
+        for n, s in manifest["splits"].items()
+    }
+    stored = set(file.names())
+    tensors = {
+        row["name"]: _factors_in(row, f"t{index:05d}", file, stored) for index, row in enumerate(manifest["tensors"])
+    }
+    view = dict(manifest["view"])
+    return Decomposition(
+        pool=Pool(tuple(split_rows(v, splits) if splits else v for v in vectors)),
+        factoring=Factoring(**manifest["factoring"]),
+        tensors=tensors,
+        view=View(**view),
+        splits=splits,
+        notes=tuple(Finding(f["code"], f["message"], tuple(f["tensors"])) for f in manifest["notes"]),
+    )
+
+
+def _reopened(row: Mapping[str, Any], reopen: Reopen) -> TaskVector:
+    """A dense vector whose file is opened (and checked) only when one of its deltas is asked for."""
+    opened: list[TaskVector] = []
+
+    def vector() -> TaskVector:
+        if not opened:
+            opened.append(reopen(row["name"], Source(**row["source"])))
+        return opened[0]
+
+    names: list[str] = list(row["names"])
+    return TaskVector(
+        name=row["name"],
+        deltas=LazyMap(names, lambda n: vector().deltas[n]),
+        layouts=dict(zip(names, map(_layout_in, row["layouts"]), strict=True)),
+        origin=Origin(**row["origin"]),
+        space=row["space"],
+        partial=row["partial"],
+    )
+
+
+def _factors_in(row: Mapping[str, Any], key: str, file: SafetensorsFile, stored: set[str]) -> TensorFactors:
+    svd: dict[int, ThinSVD] = {}
+    for i, total in zip(row["members"], row["totals"], strict=True):
+        U, S = file.get(f"{key}.v{i}.U"), file.get(f"{key}.v{i}.S")
+        has_right = f"{key}.v{i}.V" in stored
+        m = _layout_in(row["layout"]).matrix_shape[1]
+        V = file.get(f"{key}.v{i}.V") if has_right else torch.zeros(m, 0, dtype=U.dtype)
+        svd[i] = ThinSVD(U, S, V, total)
+    return TensorFactors(
+        name=row["name"],
+        layout=_layout_in(row["layout"]),
+        svd=svd,
+        norms={int(i): x for i, x in row["norms"].items()},
+        gram={(i, j): x for i, j, x in row["gram"]},
+        low_rank=frozenset(row["low_rank"]),
+    )
+
+
+# --- task vectors --------------------------------------------------------------------------------------------------
+
+
+def write_task_vector(folder: Path, v: TaskVector, provenance: Mapping[str, Any]) -> None:
+    """Write ``delta.safetensors`` (deltas in the shapes of the base, float32) and ``manifest.json``."""
+    names = v.names()
+    entries = [(n, TensorInfo(v.layouts[n].shape, torch.float32)) for n in names]
+    writer = SafetensorsWriter(folder / DELTAS, entries, {"format": "pt", "devec.kind": "task-vector"})
+    for n in names:
+        writer.put(n, v.layouts[n].to_stored(v.deltas[n].dense().to(torch.float32)).contiguous())
+    writer.close()
+    write_json(
+        folder / MANIFEST,
+        {
+            "schema": SCHEMA,
+            "kind": "task-vector",
+            "name": v.name,
+            "layouts": {n: _layout_out(v.layouts[n]) for n in names},
+            "origin": _origin_out(v.origin),
+            "space": v.space,
+            "partial": v.partial,
+            "provenance": dict(provenance),
+        },
+    )
+
+
+def read_task_vector(folder: Path, dtype: torch.dtype = torch.float32) -> TaskVector:
+    manifest = _read_json(folder / MANIFEST)
+    if manifest.get("kind") != "task-vector" or manifest.get("schema") != SCHEMA:
+        raise InputError("not a task vector that this version reads", file=folder / MANIFEST)
+    file = SafetensorsFile(folder / DELTAS)
+    try:
+        layouts = {n: _layout_in(x) for n, x in manifest["layouts"].items()}
+        origin = Origin(**manifest["origin"])
+        space, partial, name = manifest["space"], manifest["partial"], manifest["name"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the manifest is broken: {error!r}", file=folder / MANIFEST) from None
+    missing = [n for n in layouts if n not in set(file.names())]
+    if missing:
+        raise InputError("a delta named in the manifest is missing", tensor=missing[0], file=folder / DELTAS)
+    vector = TaskVector(
+        name=name,
+        deltas=LazyMap(list(layouts), lambda n: DenseDelta(layouts[n].to_matrix(file.get(n)).to(dtype))),
+        layouts=layouts,
+        origin=replace(origin, file=str(folder / DELTAS)),
+        space=space,
+        partial=partial,
+    )
+    return vector
+

@@ -1,0 +1,85 @@
+"""The few disk operations that every output shares, with the operating system's refusals made readable.
+
+All writing goes through ``os.write`` and ``os.pwrite`` in pieces: one call may write less than it was asked to
+(Linux stops at 2 GiB), and a full disk shows itself here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from devec.core.errors import RefusedError
+
+PIECE = 1 << 24
+"""Bytes per write and per hash update: large enough that the call costs nothing, small beside any tensor."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` raised while writing ``path`` into a :class:`RefusedError` (exit 5)."""
+    try:
+        yield
+    except OSError as error:
+        raise refusal(error, path) from error
+
+
+def refusal(error: OSError, path: Path) -> RefusedError:
+    """The refusal that says what the operating system would not do."""
+    if error.errno in _FULL:
+        return RefusedError(
+            "no space left on the disk", file=path, remedy="Free some space, or give -o a place on another disk."
+        )
+    if error.errno in _DENIED:
+        return RefusedError(
+            "the output cannot be written", values={"reason": error.strerror}, file=path,
+            remedy="Give -o a place that you may write to.",
+        )
+    return RefusedError(
+        "writing failed", values={"reason": error.strerror or str(error)}, file=path,
+        remedy="Check the disk, or give -o another place.",
+    )
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Create ``path`` with ``data``; an existing file is an error."""
+    with refusing(path):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view[:PIECE]) :]
+        finally:
+            os.close(fd)
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """All of ``data`` at ``offset``, however many calls that takes."""
+    while data:
+        done = os.pwrite(fd, data[:PIECE], offset)
+        data, offset = data[done:], offset + done
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush one file or one directory to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,288 @@
+"""A safetensors writer that never holds a file in memory.
+
+Shapes and dtypes are known before the first number is computed, so the header is written first and every tensor
+goes straight to its place. Memory is one tensor, whatever the size of the file.
+
+Format: 8 bytes header length (little endian), a JSON header padded with spaces to a multiple of 8, then the data
+without gaps. Tensors lie by falling alignment and otherwise in the order announced, so that every tensor starts at
+a multiple of its item size and a reader may map it in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from devec.core.contracts import TensorInfo
+from devec.core.errors import DevecError, IncompatibleError, RefusedError
+from devec.io.disk import PIECE, refusing, write_at
+from devec.io.safetensors_file import DTYPES, MAX_HEADER
+
+DTYPE_NAMES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
+"""What safetensors calls each dtype."""
+
+TENSOR_HASHES = "devec.sha256"
+"""Metadata key: JSON object, tensor name -> SHA-256 of the tensor's bytes as stored."""
+
+_CHECKED_AT_ONCE = 1 << 22
+"""Elements per finite check: bounds the temporary memory for dtypes that must be widened first."""
+
+
+def nbytes(info: TensorInfo) -> int:
+    """Bytes that a tensor takes in a file."""
+    return prod(info.shape) * info.dtype.itemsize
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity, with no mask of its size (a minimum carries NaN along)."""
+    if tensor.dtype.is_complex:
+        tensor = torch.view_as_real(tensor)
+    if not tensor.dtype.is_floating_point:
+        return True
+    flat = tensor.reshape(-1)
+    for start in range(0, flat.numel(), _CHECKED_AT_ONCE):
+        part = flat[start : start + _CHECKED_AT_ONCE]
+        if part.dtype.itemsize == 1:
+            part = part.to(torch.float32)
+        low, high = torch.aminmax(part)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            return False
+    return True
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype, file: str | Path | None = None) -> Tensor:
+    """``tensor`` in the output dtype, rounded to nearest; the last step of every computation.
+
+    Raises :class:`IncompatibleError` when a value to be rounded already holds NaN or infinity, or when a float would
+    become an integer or the reverse; :class:`RefusedError` when a finite value does not fit ``dtype``.
+    """
+    if tensor.dtype == dtype:
+        return tensor  # checked when it is written
+    if not (tensor.dtype.is_floating_point and dtype.is_floating_point):
+        raise IncompatibleError(
+            "a tensor cannot change between float and integer",
+            tensor=name,
+            values={"value": tensor.dtype, "output": dtype},
+            file=file,
+            remedy="Copy it from the base, or leave it out with --exclude.",
+        )
+    result = tensor.to(dtype)
+    if is_finite(result):
+        return result
+    if not is_finite(tensor):
+        raise _not_finite(name, file)
+    raise RefusedError(
+        f"a value is too large for {str(dtype).removeprefix('torch.')}",
+        tensor=name,
+        values={"largest": f"{float(tensor.abs().max()):.6g}", "limit": f"{torch.finfo(dtype).max:.6g}"},
+        file=file,
+        remedy="Choose a wider type: --out-dtype bfloat16 or float32.",
+    )
+
+
+def _not_finite(name: str, file: str | Path | None) -> IncompatibleError:
+    return IncompatibleError(
+        "the result is not finite (NaN or infinity)",
+        tensor=name,
+        file=file,
+        remedy="Look for it with `devec inspect` on the inputs, or leave it out with --exclude.",
+    )
+
+
+class SafetensorsWriter:
+    """One safetensors file, written tensor by tensor.
+
+    ``entries`` names every tensor with its shape and dtype; :meth:`put` takes them in any order (in the order
+    given, the file's hash costs no second reading). Every byte follows from the entries, the metadata and the
+    values: there is nothing else in the file. With ``hashes_in_header`` the metadata also holds the SHA-256 of each
+    tensor under :data:`TENSOR_HASHES`.
+
+    As a context manager it closes on success and removes the file on failure.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        entries: Sequence[tuple[str, TensorInfo]],
+        metadata: Mapping[str, str] | None = None,
+        *,
+        hashes_in_header: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.tensor_sha256: dict[str, str] = {}
+        self._infos = dict(entries)
+        if len(self._infos) != len(entries):
+            raise ValueError("a tensor name is announced twice")
+        self._metadata = {"format": "pt", **(metadata or {})}
+        self._hashes_in_header = hashes_in_header
+        self._order = sorted(self._infos, key=lambda n: -self._infos[n].dtype.itemsize)
+        self._offsets: dict[str, int] = {}
+        at = 0
+        for name in self._order:
+            if name == "__metadata__" or self._infos[name].dtype not in DTYPE_NAMES:
+                raise IncompatibleError(
+                    "safetensors cannot hold this tensor", tensor=name,
+                    values={"dtype": self._infos[name].dtype}, file=self.path, remedy="Leave it out with --exclude.",
+                )
+            self._offsets[name] = at
+            at += nbytes(self._infos[name])
+        header = self._header(dict.fromkeys(self._infos, "0" * 64))
+        self._start = len(header)
+        self.size = self._start + at
+        self._hash = hashlib.sha256()
+        self._hashed = 0  # bytes of the file, from its start, that the running hash has seen
+        self._digest: str | None = None
+        self._lock = Lock()
+        with refusing(self.path):
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                write_at(self._fd, memoryview(header), 0)
+            except BaseException:
+                self.abort()
+                raise
+        if not hashes_in_header:
+            self._advance(memoryview(header), 0)
+
+    def _header(self, hashes: Mapping[str, str]) -> bytes:
+        metadata = dict(self._metadata)
+        if self._hashes_in_header:
+            metadata[TENSOR_HASHES] = json.dumps({n: hashes[n] for n in sorted(hashes)}, separators=(",", ":"))
+        header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+        for name in self._order:
+            info, start = self._infos[name], self._offsets[name]
+            header[name] = {
+                "dtype": DTYPE_NAMES[info.dtype],
+                "shape": list(info.shape),
+                "data_offsets": [start, start + nbytes(info)],
+            }
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        if len(text) > MAX_HEADER:
+            raise RefusedError(
+                "too many tensors for one safetensors file", values={"header bytes": len(text)}, file=self.path,
+                remedy="Use a smaller --shard-size.",
+            )
+        return len(text).to_bytes(8, "little") + text
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor. Its shape and dtype must be those announced, and its values finite. Thread-safe."""
+        if name not in self._infos:
+            raise ValueError(f"tensor {name} was not announced for {self.path.name}")
+        info = self._infos[name]
+        if tuple(tensor.shape) != tuple(info.shape) or tensor.dtype != info.dtype:
+            raise IncompatibleError(
+                "a tensor differs from what was announced", tensor=name,
+                values={
+                    "announced": f"{tuple(info.shape)} {info.dtype}",
+                    "given": f"{tuple(tensor.shape)} {tensor.dtype}",
+                },
+                file=self.path,
+            )
+        if not is_finite(tensor):
+            raise _not_finite(name, self.path)
+        with self._lock:
+            if name in self.tensor_sha256:
+                raise ValueError(f"tensor {name} is written twice")
+            self.tensor_sha256[name] = ""
+        data = bytes_of(tensor)
+        at = self._start + self._offsets[name]
+        with refusing(self.path):
+            write_at(self._fd, data, at)
+        digest = hashlib.sha256()
+        for piece in range(0, len(data), PIECE):
+            digest.update(data[piece : piece + PIECE])
+        with self._lock:
+            self.tensor_sha256[name] = digest.hexdigest()
+            self._advance(data, at)
+
+    def _advance(self, data: memoryview, at: int) -> None:
+        if at == self._hashed:
+            self._hash.update(data)
+            self._hashed += len(data)
+
+    @property
+    def missing(self) -> list[str]:
+        """Tensors announced and not yet written."""
+        return [n for n in self._infos if not self.tensor_sha256.get(n)]
+
+    def close(self) -> None:
+        """Finish and flush the file. A tensor announced and never written is an error, and the file is removed."""
+        if self._fd < 0:
+            return
+        if self.missing:
+            name = self.missing[0]
+            self.abort()
+            raise DevecError(f"{len(self.missing)} tensors were never written", tensor=name, file=self.path)
+        try:
+            with refusing(self.path):
+                if self._hashes_in_header:
+                    write_at(self._fd, memoryview(self._header(self.tensor_sha256)), 0)
+                while piece := os.pread(self._fd, PIECE, self._hashed):
+                    self._hash.update(piece)
+                    self._hashed += len(piece)
+                if self._hashed != self.size:
+                    raise OSError(0, f"the file has {self._hashed} bytes instead of {self.size}")
+                os.fsync(self._fd)
+        except BaseException:
+            self.abort()
+            raise
+        self._digest = self._hash.hexdigest()
+        os.close(self._fd)
+        self._fd = -1
+
+    def abort(self) -> None:
+        """Close and remove the unfinished file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self.path.unlink(missing_ok=True)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the whole file, once closed."""
+        if self._digest is None:
+            raise ValueError("the file is not closed yet")
+        return self._digest
+
+    @property
+    def order(self) -> list[str]:
+        """Tensor names in the order in which they lie in the file."""
+        return list(self._order)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order, without a copy where it is contiguous and on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def save_file(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> SafetensorsWriter:
+    """Write a mapping that is already in memory; returns the closed writer (hashes, size). Nothing is left on error."""
+    entries = [(n, TensorInfo(tuple(t.shape), t.dtype)) for n, t in tensors.items()]
+    with SafetensorsWriter(path, entries, metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.put(name, tensor)
+    return writer
+
