@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent))
 
 from find_tests import Test, read_tests, tests_of
 
@@ -54,6 +54,7 @@ SAYS = {
 }
 """The paper's statements in its own order. What no docstring cites is left out of the table."""
 
+NO_PAPER = "of no paper"
 NUMBER = r"\(\d+\)"
 CITATION = re.compile(
     # (9), (6)-(13), (8), (9) and (10); or bare: 9, 6-13. Bare lists only up to a closing bracket, as in "(Eq. 11, 12)".
@@ -89,13 +90,8 @@ def labels(match: re.Match[str]) -> list[str]:
 
 def citations(where: str, doc: str, module_doc: str) -> Iterator[Citation]:
     for match in CITATION.finditer(doc):
-        paper = paper_of(match, doc, module_doc)
-        if paper is None:
-            raise ValueError(
-                f"{where} cites {match.group()!r} of no paper: put arXiv:NUMBER there or into the module's docstring"
-            )
         for label in labels(match):
-            yield Citation(paper, label, where)
+            yield Citation(paper_of(match, doc, module_doc) or NO_PAPER, label, where)
 
 
 def paper_of(match: re.Match[str], doc: str, module_doc: str) -> str | None:
@@ -134,7 +130,10 @@ def documented(module: ModuleType) -> Iterator[tuple[str, str]]:
 
 
 def collect() -> list[Citation]:
-    """Every citation. A module's own docstring counts only for numbers that nothing inside it claims."""
+    """Every citation. A module's own docstring counts only for numbers that nothing inside it claims.
+
+    ValueError: a number stands without its paper.
+    """
     found: set[Citation] = set()
     for module in modules():
         head = module.__doc__ or ""
@@ -142,6 +141,8 @@ def collect() -> list[Citation]:
         claimed = {(c.paper, c.label) for c in inside}
         found |= inside
         found |= {c for c in citations(module.__name__, head, head) if (c.paper, c.label) not in claimed}
+    if astray := sorted({f"{c.label} in {c.where}" for c in found if c.paper == NO_PAPER}):
+        raise ValueError(f"of which paper? Put arXiv:NUMBER there or into the module's docstring: {'; '.join(astray)}")
     return sorted(found)
 
 

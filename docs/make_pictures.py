@@ -1,6 +1,6 @@
 """Draw the pictures of docs/ideas.md into docs/img/. Every number in them is computed here, from seeded data.
 
-    python docs/make_pictures.py
+python docs/make_pictures.py
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def eigenvalues(one: np.ndarray, two: np.ndarray) -> np.ndarray:
 def planes() -> None:
     """Two planes through the origin of three-dimensional space: principal angles 0 and 60 degrees."""
     angle = np.radians(60)
-    line, across, tilted = np.eye(3)[0], np.eye(3)[1], np.array([0, np.cos(angle), np.sin(angle)])
+    line, across, up = np.eye(3)
+    tilted = np.cos(angle) * across + np.sin(angle) * up
     found = eigenvalues(np.stack([line, across], 1), np.stack([line, tilted], 1))
     view = np.array([[1.0, -0.18], [0.55, 0.42], [0.0, 1.0]])  # parallel projection of the three axes
 
@@ -67,7 +68,7 @@ def planes() -> None:
     for to, colour in ((1.25 * line, GREEN), (0.85 * across, BLUE), (0.85 * tilted, ORANGE)):
         axes.annotate("", to @ view, (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 2})
     sweep = np.linspace(0, angle, 30)
-    arc = 0.5 * (np.cos(sweep)[:, None] * across + np.sin(sweep)[:, None] * tilted_normal(across, tilted)) @ view
+    arc = 0.5 * (np.cos(sweep)[:, None] * across + np.sin(sweep)[:, None] * up) @ view
     axes.plot(*arc.T, color="black", linewidth=1)
     axes.text(*arc[12] + [0.05, 0.0], rf"$\theta_2 = 60^\circ$, $\lambda_2 = {found[1]:.2f}$")
     shared = rf"shared: $\theta_1 = 0^\circ$, $\lambda_1 = {found[0]:.2f}$"
@@ -78,12 +79,6 @@ def planes() -> None:
     axes.set_aspect("equal")
     axes.set_axis_off()
     save(figure, "planes")
-
-
-def tilted_normal(across: np.ndarray, tilted: np.ndarray) -> np.ndarray:
-    """The unit vector at right angles to ``across`` in the plane of both."""
-    rest = tilted - across * (across @ tilted)
-    return rest / np.linalg.norm(rest)
 
 
 def split() -> None:

@@ -64,16 +64,12 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
 
 
 def test_version_of_the_installed_wheel_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
-    where = run(
-        sys.executable, "-c", "import devec; print(devec.__file__)", cwd=tmp_path, PYTHONPATH=str(installed)
-    )
+    where = run(sys.executable, "-c", "import devec; print(devec.__file__)", cwd=tmp_path, PYTHONPATH=str(installed))
     assert Path(where.strip()).is_relative_to(installed)
     printed = run(installed / "bin" / "devec", "--version", cwd=tmp_path, PYTHONPATH=str(installed))
     assert PROJECT["version"] in printed.split()
 
 
 def test_help_of_the_installed_wheel(installed: Path, tmp_path: Path) -> None:
-    printed = run(
-        sys.executable, "-m", "devec.cli.main", "--help", cwd=tmp_path, PYTHONPATH=str(installed)
-    )
+    printed = run(sys.executable, "-m", "devec.cli.main", "--help", cwd=tmp_path, PYTHONPATH=str(installed))
     assert "decompose" in printed

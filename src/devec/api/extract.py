@@ -17,9 +17,6 @@ from devec.io.names import Selection, nearest
 from devec.linalg.lowrank import svd_of_dense, svd_of_product
 from devec.linalg.rank import RankRule
 
-SMALL_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
 def extract(
     base: Any, model: Any, *, name: str | None = None, selection: Selection | None = None,
     dtype: torch.dtype = torch.float32,
@@ -33,7 +30,7 @@ def extract(
 
     label = name or (str(model).rstrip("/").rsplit("/", 1)[-1] if not isinstance(model, dict) else "model")
     return delta_of(
-        open_model(base), open_model(model), name=label, selection=selection or Selection(None, None), dtype=dtype
+        open_model(base), open_model(model), name=label, selection=selection or Selection(), dtype=dtype
     )[0]
 
 

@@ -43,7 +43,7 @@ class Reading:
 
     base: TensorSource | None = None
     dtype: torch.dtype = torch.float32
-    selection: Selection = field(default_factory=lambda: Selection(None, None))
+    selection: Selection = field(default_factory=Selection)
     view: View | None = None
 
 
@@ -129,7 +129,7 @@ def load_vector(
 ) -> TaskVector:
     """One task vector from a reference. Adapters need no base; a full checkpoint needs ``base``."""
     reading = Reading(
-        None if base is None else open_model(base), dtype, selection or Selection(None, None), view
+        None if base is None else open_model(base), dtype, selection or Selection(), view
     )
     return read_vector(str(reference), reading, name)[0]
 
@@ -146,6 +146,8 @@ def read_vector(text: str, reading: Reading, name: str | None = None) -> tuple[T
         under = open_model(ref.base)
         model = edit(under, [(1.0, read_adapter(path, base=under, dtype=reading.dtype))])
         vector, notes = _checkpoint_vector(model, path, reading)
+        # No file holds this model, so a decomposition embeds its deltas instead of referring to one.
+        vector = replace(vector, origin=replace(vector.origin, dialect="edited", file=str(path)))
     elif is_adapter(path):
         vector = read_adapter(path, base=reading.base, dtype=reading.dtype)
     else:
@@ -195,7 +197,7 @@ def load_decomposition(path: str | Path, *, view: View | None = None) -> Decompo
 def _reopen(name: str, source: artifact.Source) -> TaskVector:
     base = _unchanged(source.base, source.base_sha256, "base")
     model = _unchanged(source.model, source.model_sha256, f"vector {name}")
-    return delta_of(base, model, name=name, selection=Selection(None, None), dtype=torch.float32, partial=True)[0]
+    return delta_of(base, model, name=name, selection=Selection(), dtype=torch.float32, partial=True)[0]
 
 
 def _unchanged(path: str, sha256: str, what: str) -> Checkpoint:
@@ -234,7 +236,7 @@ def load_pool(
 ) -> tuple[Pool, list[Finding]]:
     """Several vectors that share a base, in the order given, and what was noticed while reading them."""
     reading = Reading(
-        None if base is None else open_model(base), dtype, selection or Selection(None, None), view
+        None if base is None else open_model(base), dtype, selection or Selection(), view
     )
     vectors, notes = [], []
     for item in references:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from devec.core.delta import Delta
@@ -31,3 +32,11 @@ class Block:
     def present(self) -> list[int]:
         """Indices of the vectors that have this tensor."""
         return [i for i, d in enumerate(self.deltas) if d is not None]
+
+    def on(self, device: torch.device) -> Block:
+        """The same block with its deltas and base on a device."""
+        return replace(
+            self,
+            deltas=tuple(None if d is None else d.on(device) for d in self.deltas),
+            base=None if self.base is None else self.base.to(device),
+        )

@@ -47,6 +47,10 @@ class Delta(ABC):
     def to(self, dtype: torch.dtype) -> Delta: ...
 
     @abstractmethod
+    def on(self, device: torch.device) -> Delta:
+        """The same delta on a device."""
+
+    @abstractmethod
     def rows(self, start: int, stop: int) -> Delta:
         """Rows ``start:stop``, for methods whose grain is a block of rows."""
 
@@ -113,6 +117,9 @@ class DenseDelta(Delta):
     def to(self, dtype: torch.dtype) -> DenseDelta:
         return DenseDelta(self.value.to(dtype))
 
+    def on(self, device: torch.device) -> DenseDelta:
+        return DenseDelta(self.value.to(device))
+
     def rows(self, start: int, stop: int) -> DenseDelta:
         return DenseDelta(self.value[start:stop])
 
@@ -162,6 +169,9 @@ class LowRankDelta(Delta):
 
     def to(self, dtype: torch.dtype) -> LowRankDelta:
         return LowRankDelta(self.B.to(dtype), self.A.to(dtype))
+
+    def on(self, device: torch.device) -> LowRankDelta:
+        return LowRankDelta(self.B.to(device), self.A.to(device))
 
     def rows(self, start: int, stop: int) -> LowRankDelta:
         return LowRankDelta(self.B[start:stop], self.A)
@@ -237,6 +247,9 @@ class SparseDelta(Delta):
 
     def to(self, dtype: torch.dtype) -> SparseDelta:
         return SparseDelta(self.indices, self.values.to(dtype), self.size)
+
+    def on(self, device: torch.device) -> SparseDelta:
+        return SparseDelta(self.indices.to(device), self.values.to(device), self.size)
 
     def rows(self, start: int, stop: int) -> SparseDelta:
         start, stop, _ = slice(start, stop).indices(self.size[0])

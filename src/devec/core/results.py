@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from devec.core.layout import Layout
@@ -60,6 +61,13 @@ class TensorFactors:
     def side_length(self, side: str) -> int:
         n, m = self.layout.matrix_shape
         return n if side == "left" else m
+
+    def on(self, device: torch.device) -> TensorFactors:
+        """The same factors on a device."""
+        moved = {
+            i: ThinSVD(s.U.to(device), s.S.to(device), s.V.to(device), s.total) for i, s in self.svd.items()
+        }
+        return replace(self, svd=moved)
 
     def overlaps(self, side: str) -> Overlaps:
         """Overlaps of the members' bases; position in ``members`` is the index there."""

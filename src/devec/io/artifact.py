@@ -105,7 +105,6 @@ def write_decomposition(
     d: Decomposition,
     summary: Mapping[str, Any],
     sources: Mapping[str, Source],
-    provenance: Mapping[str, Any],
 ) -> None:
     """Write ``factors.safetensors``, ``spectra.json`` and ``manifest.json`` into an existing empty folder.
 
@@ -151,7 +150,6 @@ def write_decomposition(
             },
             "notes": [f.as_dict() for f in d.notes],
             "tensors": rows,
-            "provenance": dict(provenance),
         },
     )
 
@@ -287,7 +285,7 @@ def _factors_in(row: Mapping[str, Any], key: str, file: SafetensorsFile, stored:
 # --- task vectors --------------------------------------------------------------------------------------------------
 
 
-def write_task_vector(folder: Path, v: TaskVector, provenance: Mapping[str, Any]) -> None:
+def write_task_vector(folder: Path, v: TaskVector) -> None:
     """Write ``delta.safetensors`` (deltas in the shapes of the base, float32) and ``manifest.json``."""
     names = v.names()
     entries = [(n, TensorInfo(v.layouts[n].shape, torch.float32)) for n in names]
@@ -305,7 +303,6 @@ def write_task_vector(folder: Path, v: TaskVector, provenance: Mapping[str, Any]
             "origin": _origin_out(v.origin),
             "space": v.space,
             "partial": v.partial,
-            "provenance": dict(provenance),
         },
     )
 

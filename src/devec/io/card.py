@@ -71,7 +71,7 @@ def public_name(reference: str) -> str:
             return mark.join(public_name(part) for part in reference.split(mark))
     place, mark, part = reference.partition("#")
     if _is_path(place):
-        place = PurePath(PureWindowsPath(place).as_posix()).name or "local"
+        place = PurePath(PureWindowsPath(place).as_posix()).name.strip("~.") or "local"
     return place + mark + part
 
 

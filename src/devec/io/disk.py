@@ -49,13 +49,16 @@ def refusal(error: OSError, path: Path) -> RefusedError:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Create ``path`` with ``data``; an existing file is an error."""
+    """Create ``path`` with ``data``; an existing file is an error, and a file that cannot be finished is removed."""
     with refusing(path):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             view = memoryview(data)
             while view:
                 view = view[os.write(fd, view[:PIECE]) :]
+        except BaseException:
+            path.unlink()
+            raise
         finally:
             os.close(fd)
 

@@ -173,7 +173,7 @@ class PickleFile:
         start = item.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         if start + item.file_size > self._size:
             raise self._broken(f"{item.filename} reaches beyond the end of the file")
-        return start
+        return int(start)
 
     def _bytes(self, start: int, count: int, limit: int) -> bytes:
         if count > limit:

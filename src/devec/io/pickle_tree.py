@@ -41,9 +41,7 @@ def _open(value: Any, path: Path, depth: int) -> dict[str, TensorView]:
     if not isinstance(value, Mapping) or depth > 3:
         return {}
     direct = {key: item for key, item in value.items() if isinstance(item, TensorView)}
-    nested = {
-        key: item for key, item in value.items() if isinstance(item, (Mapping, Inert)) and _has_tensor(item)
-    }
+    nested = {key: item for key, item in value.items() if isinstance(item, (Mapping, Inert)) and _has_tensor(item)}
     if direct:
         _refuse_mixture(nested, path)
         return {_text(key, path): view for key, view in direct.items()}

@@ -20,7 +20,7 @@ def read_bytes(fd: int, offset: int, count: int, *, path: Path, tensor: str) -> 
     out = torch.empty(count, dtype=torch.uint8)
     if count == 0:
         return out
-    view = memoryview(out.numpy())
+    view = memoryview(out.numpy().data)
     done = 0
     while done < count:
         try:

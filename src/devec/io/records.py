@@ -49,7 +49,8 @@ def dump_json(value: object) -> bytes:
 
 def dump_yaml(value: object) -> bytes:
     """Readable YAML in the order given."""
-    return yaml.safe_dump(plain(value), sort_keys=False, allow_unicode=True, width=100).encode()
+    text: str = yaml.safe_dump(plain(value), sort_keys=False, allow_unicode=True, width=100)
+    return text.encode()
 
 
 def write_records(

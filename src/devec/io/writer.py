@@ -76,7 +76,9 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype, file: str | Path | None 
             remedy="Copy it from the base, or leave it out with --exclude.",
         )
     result = tensor.to(dtype)
-    if is_finite(result):
+    # Eight-bit floats saturate silently instead of overflowing, so their range is looked at before
+    fits = dtype.itemsize > 1 or not tensor.numel() or float(tensor.abs().max()) <= torch.finfo(dtype).max
+    if fits and is_finite(result):
         return result
     if not is_finite(tensor):
         raise _not_finite(name, file)
@@ -273,7 +275,7 @@ class SafetensorsWriter:
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row-major order, without a copy where it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def save_file(

@@ -6,6 +6,7 @@ Each constant says what was observed, because a tolerance without a reason is a 
 from __future__ import annotations
 
 import hashlib
+from math import frexp
 
 import torch
 from torch import Tensor
@@ -43,6 +44,11 @@ def peak(x: Tensor) -> float:
         bad = int((~torch.isfinite(x)).sum())
         raise NonFiniteError(f"{bad} of {x.numel()} entries are NaN or infinite")
     return top
+
+
+def binary_scale(top: float) -> float:
+    """The power of two that brings ``top`` into [1/2, 1): dividing by it rounds nothing. 0 for 0."""
+    return 2.0 ** frexp(top)[1] if top > 0.0 else 0.0
 
 
 def generator(*key: object) -> torch.Generator:

@@ -120,6 +120,8 @@ def select_rank(rule: RankRule, s: Tensor, total: float, n: int, m: int, rtol: f
     """
     short = min(n, m)
     have = int(s.numel())
+    if short == 1:
+        return min(have, 1)  # one direction is all there is: no rule has a second value to hold it against
     limit = numerical_rank(s, rtol)
     if limit < have:
         short = limit  # the rest is rounding: no rule may count it
@@ -132,9 +134,9 @@ def select_rank(rule: RankRule, s: Tensor, total: float, n: int, m: int, rtol: f
     if rule.kind == "nuclear":
         return min(nuclear_rank(s, rule.value), short)
     beta = min(n, m) / max(n, m)
-    if rule.kind == "mp":
-        coefficient = 1 + sqrt(beta)
+    if limit < have and 2 * limit <= min(n, m):
+        r = limit  # the median singular value is zero, and so is the noise: flat spectra would fool the iteration
     else:
-        coefficient = hard_threshold_coefficient(beta)
-    r = min(noise_rank(s, total, n, m, coefficient), short)
+        coefficient = 1 + sqrt(beta) if rule.kind == "mp" else hard_threshold_coefficient(beta)
+        r = min(noise_rank(s, total, n, m, coefficient), short)
     return min(r, max(side_length // 4, 1)) if rule.kind == "auto" else r

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from devec.core.delta import Delta, LowRankDelta
-from devec.core.errors import IncompatibleError, RefusedError, SideStepError
+from devec.core.errors import RefusedError, SideStepError
 from devec.core.layout import Layout
 from devec.core.provenance import Provenance
 from devec.core.vectors import TaskVector
@@ -227,8 +227,6 @@ def _embedding_rule(vector: TaskVector, embeddings: Collection[str] | None) -> C
     if embeddings is not None:
         known = frozenset(embeddings)
         return lambda name: name in known
-    if vector.origin.dialect == "peft":
-        return lambda name: False
     return lambda name: _EMBEDDING.search(name.removesuffix(".weight")) is not None
 
 

@@ -1,0 +1,35 @@
+"""``export``: one part of a decomposition as a file that other programs load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from devec.api.output import Saving, edited, require_low_rank, save_model, save_vector
+from devec.api.references import load_vector, open_model
+from devec.core.options import View
+from devec.core.vectors import TaskVector
+from devec.io.model_folder import WrittenModel
+
+
+def export(
+    part: str | TaskVector,
+    out: str | Path,
+    *,
+    base: Any = None,
+    view: View | None = None,
+    saving: Saving | None = None,
+) -> WrittenModel:
+    """Write ``ARTIFACT#part`` (or any task vector): an adapter in the input's own format, or ``base + part``.
+
+    Low-rank parts become adapters with the heads of their own input; with ``base`` the part is added to it and a
+    checkpoint is written. A dense part without a base is refused (exit 2).
+    """
+    saving = saving or Saving("export")
+    vector = load_vector(part, base=base, view=view) if isinstance(part, str) else part
+    if base is not None:
+        under = open_model(base)
+        saving = saving.for_inputs([vector], under)
+        return save_model(edited(under, [(1.0, vector)], saving), out, saving)
+    require_low_rank(vector, f"part {vector.name}", "Give --base BASE to write a checkpoint.")
+    return save_vector(vector, out, saving.for_inputs([vector]), heads=vector.heads)

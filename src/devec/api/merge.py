@@ -1,0 +1,198 @@
+"""``merge``: any registered method over a pool, from a recipe or from arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from devec.api.extract import to_lora
+from devec.api.output import Saving, edited, heads_from, save_model, save_vector
+from devec.api.references import load_pool, open_model
+from devec.core.block import Block
+from devec.core.contracts import TensorInfo, TensorSource
+from devec.core.delta import Delta
+from devec.core.errors import UsageError
+from devec.core.options import View
+from devec.core.results import Finding
+from devec.core.vectors import LazyMap, Pool, TaskVector
+from devec.io.checkpoint import open_checkpoint
+from devec.io.model_folder import WrittenModel
+from devec.io.names import Selection
+from devec.methods import registry
+
+
+class ZeroBase:
+    """A base of zeros in the shapes of a model, so that methods which need no base see weights as deltas.
+
+    Integer tensors are the model's own: they are copied, never averaged.
+    """
+
+    def __init__(self, like: TensorSource) -> None:
+        self.like = like
+
+    @property
+    def reference(self) -> str:
+        return self.like.reference
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        return self.like.ties
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        return getattr(self.like, "config", None)
+
+    @property
+    def folder(self) -> Path | None:
+        return getattr(self.like, "folder", None)
+
+    def names(self) -> Sequence[str]:
+        return self.like.names()
+
+    def info(self, name: str) -> TensorInfo:
+        return self.like.info(name)
+
+    def file_of(self, name: str) -> str:
+        return self.like.file_of(name)
+
+    def get(self, name: str) -> Tensor:
+        info = self.like.info(name)
+        return torch.zeros(info.shape, dtype=info.dtype) if info.dtype.is_floating_point else self.like.get(name)
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How a result is made low-rank: at most one of the three (see ``to_lora``)."""
+
+    rank: int | None = None
+    energy: float | None = None
+    error: float | None = None
+
+    def __post_init__(self) -> None:
+        if sum(x is not None for x in (self.rank, self.energy, self.error)) > 1:
+            raise UsageError("give one of --rank, --energy and --error")
+        for label, value in (("--energy", self.energy), ("--error", self.error)):
+            if value is not None and not 0.0 < value <= 1.0:
+                raise UsageError(f"{label} wants a fraction in (0, 1], got {value:g}")
+
+    @property
+    def asked(self) -> bool:
+        return any(x is not None for x in (self.rank, self.energy, self.error))
+
+    def apply(self, vector: TaskVector) -> tuple[TaskVector, dict[str, float]]:
+        return to_lora(vector, rank=self.rank, energy=self.energy, error=self.error)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The merged vector (lazy), its pool, and the base it stands on (``None``: adapters only)."""
+
+    vector: TaskVector
+    pool: Pool
+    base: TensorSource | None
+    findings: tuple[Finding, ...] = ()
+
+
+def merge(
+    method: str,
+    sources: Sequence[str | Path | TaskVector],
+    *,
+    base: Any = None,
+    parameters: Mapping[str, Any] | None = None,
+    view: View | None = None,
+    selection: Selection | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Merged:
+    """Run a registered merge method block by block, lazily.
+
+    Raises UsageError for an unknown method or parameter (with a suggestion), and when the method needs a base that is
+    not given.
+    """
+    chosen = registry.get("merge", method)
+    bound = registry.bind(chosen, dict(parameters or {}))
+    if not sources:
+        raise UsageError("merge got no sources", remedy="Name at least one model or adapter.")
+    under = open_model(base) if base is not None else None
+    if under is None and not chosen.needs_base and _is_checkpoint(sources[0]):
+        under = ZeroBase(open_checkpoint(_path_of(sources[0])))
+    if under is None and any(_is_checkpoint(s) for s in sources):
+        raise UsageError(f"{chosen.name} of full checkpoints needs their base", remedy="Give --base BASE.")
+    pool, notes = load_pool(sources, base=under, dtype=dtype, selection=selection, view=view)
+    vector = merged_vector(chosen, pool, bound)
+    return Merged(vector, pool, under, tuple(notes))
+
+
+def _path_of(source: str | Path | TaskVector) -> Path:
+    from devec.api.references import existing, parse
+
+    ref = parse(str(source))
+    return existing(ref.path, ref.text)
+
+
+def _is_checkpoint(source: str | Path | TaskVector) -> bool:
+    from devec.api.references import parse
+    from devec.io.adapters import is_adapter
+    from devec.io.artifact import artifact_kind
+
+    if isinstance(source, TaskVector):
+        return False
+    ref = parse(str(source))
+    if ref.part is not None:
+        return False
+    path = _path_of(source)
+    return not (path.is_dir() and artifact_kind(path)) and (ref.base is not None or not is_adapter(path))
+
+
+def merged_vector(method: registry.Method, pool: Pool, parameters: Mapping[str, Any]) -> TaskVector:
+    """The method's result as a lazy task vector over every tensor that any vector touches."""
+
+    def make(name: str) -> Delta:
+        block: Block = pool.block(name)
+        return method.call(block, **parameters)
+
+    first = pool[0]
+    names = pool.tensors()
+    return replace(
+        first,
+        name=f"{method.name}-of-{len(pool)}",
+        deltas=LazyMap(names, make),
+        layouts={n: pool.layout(n) for n in names},
+        heads={},
+        origin=replace(first.origin, reference="memory", file=None),
+        partial=True,
+    )
+
+
+def save_merged(
+    merged: Merged,
+    out: str | Path,
+    saving: Saving,
+    *,
+    compression: Compression | None = None,
+    heads: str | None = None,
+) -> tuple[WrittenModel, dict[str, float]]:
+    """Write a merge: a checkpoint on its base; an adapter if all inputs are adapters and rank is kept or asked for.
+
+    Returns what was written and, where the result was compressed, the relative Frobenius error per tensor.
+    """
+    compression = compression or Compression()
+    saving = saving.for_inputs(merged.pool, merged.base if not isinstance(merged.base, ZeroBase) else None)
+    kept = heads_from(heads, list(merged.pool))
+    vector, errors = merged.vector, dict[str, float]()
+    if merged.base is not None and not compression.asked:
+        model = edited(merged.base, [(1.0, vector)], saving, kept)
+        names = [merged.base.reference] if not isinstance(merged.base, ZeroBase) else []
+        return save_model(model, out, saving, names or [v.origin.reference for v in merged.pool]), errors
+    if compression.asked:
+        vector, errors = compression.apply(vector)
+    elif not vector.is_low_rank():
+        raise UsageError(
+            "the merge is dense and no base is given", remedy="Give --base BASE, or --rank R to write an adapter."
+        )
+    return save_vector(vector, out, saving, heads=kept), errors
+

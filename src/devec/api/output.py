@@ -1,0 +1,177 @@
+"""Writing results: a task vector as an adapter or an artifact, an edited model as a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from devec.api.decompose import input_record
+from devec.api.edit import Edited
+from devec.core.contracts import TensorSource
+from devec.core.errors import RefusedError, UsageError
+from devec.core.provenance import InputRecord, Provenance
+from devec.core.vectors import LazyMap, TaskVector
+from devec.io import artifact
+from devec.io.adapters import write_adapter
+from devec.io.folder import OutputFolder
+from devec.io.model_folder import WrittenModel, write_model_folder
+from devec.io.records import installed_versions, write_records
+from devec.io.shards import DEFAULT_SHARD_SIZE
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How an output is written, and what it says of itself."""
+
+    command: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    inputs: tuple[InputRecord, ...] = ()
+    overwrite: bool = False
+    strict: bool = False
+    shard_size: int = DEFAULT_SHARD_SIZE
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    out_dtype: torch.dtype | None = None
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    card_text: str | None = None
+    recipe: Mapping[str, Any] | None = None
+    on_tensor: Callable[[str, int], None] | None = None
+
+    def provenance(self) -> Provenance:
+        return Provenance(
+            command=self.command,
+            parameters=self.parameters,
+            inputs=self.inputs,
+            versions=installed_versions(),
+            seed=self.seed,
+            dtype=_name(self.dtype),
+            out_dtype=None if self.out_dtype is None else _name(self.out_dtype),
+            recipe=self.recipe,
+        )
+
+    def for_inputs(self, vectors: Iterable[TaskVector], base: TensorSource | None = None) -> Saving:
+        records = [input_record(v) for v in vectors]
+        if base is not None:
+            records.insert(0, base_record(base))
+        return replace(self, inputs=tuple(records))
+
+    def paths(self) -> list[Path]:
+        """Input files, which an output may not replace."""
+        return [Path(r.path) for r in self.inputs if r.path and Path(r.path).exists()]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def base_record(base: TensorSource) -> InputRecord:
+    exists = Path(base.reference).exists()
+    digest = base.fingerprint() if hasattr(base, "fingerprint") else None
+    return InputRecord(
+        reference=base.reference, path=base.reference if exists else None, sha256=digest, kind="base"
+    )
+
+
+def save_model(model: TensorSource, out: str | Path, saving: Saving, base_models: Sequence[str] = ()) -> WrittenModel:
+    """A checkpoint: a Hugging Face folder, or one file when ``out`` ends in ``.safetensors``."""
+    return write_model_folder(
+        Path(out),
+        model,  # type: ignore[arg-type]
+        model.get,
+        provenance=saving.provenance(),
+        out_dtype=saving.out_dtype,
+        shard_size=saving.shard_size,
+        overwrite=saving.overwrite,
+        strict=saving.strict,
+        base_models=list(base_models) or [model.reference],
+        summary=saving.summary,
+        card_text=saving.card_text,
+        inputs=saving.paths(),
+        on_tensor=saving.on_tensor,
+    )
+
+
+def save_vector(
+    vector: TaskVector, out: str | Path, saving: Saving, *, heads: Mapping[str, Tensor] | None = None
+) -> WrittenModel:
+    """A vector whose deltas are all factored, as an adapter in the dialect that it came in (PEFT if in none)."""
+    return write_adapter(
+        Path(out),
+        original_spelling(vector),
+        provenance=saving.provenance(),
+        heads=heads,
+        dtype=saving.out_dtype or torch.float32,
+        overwrite=saving.overwrite,
+        strict=saving.strict,
+        summary=saving.summary,
+        card_text=saving.card_text,
+        inputs=saving.paths(),
+    )
+
+
+def original_spelling(vector: TaskVector) -> TaskVector:
+    """Undo the renaming that let an adapter stand beside checkpoints (see ``references.rename``)."""
+    back = vector.origin.config.get("devec_spelling")
+    if not isinstance(back, Mapping):
+        return vector
+    old = {back.get(n, n): n for n in vector.deltas}
+    return replace(
+        vector,
+        deltas=LazyMap(list(old), lambda n: vector.deltas[old[n]]),
+        layouts={o: vector.layouts[n] for o, n in old.items()},
+    )
+
+
+def save_artifact(vector: TaskVector, out: str | Path, saving: Saving) -> Path:
+    """A dense task vector as an artifact folder."""
+    with OutputFolder(Path(out), overwrite=saving.overwrite, inputs=saving.paths()) as folder:
+        artifact.write_task_vector(folder.path, vector)
+        write_records(folder.path, saving.provenance(), summary=saving.summary)
+    return Path(out)
+
+
+def require_low_rank(vector: TaskVector, what: str, remedy: str) -> None:
+    if not vector.is_low_rank():
+        dense = next(n for n in vector.deltas if not _factored(vector, n))
+        raise UsageError(f"{what} is dense, which no adapter can hold", values={"tensor": dense}, remedy=remedy)
+
+
+def _factored(vector: TaskVector, name: str) -> bool:
+    from devec.core.delta import LowRankDelta
+
+    return isinstance(vector.deltas[name], LowRankDelta)
+
+
+def heads_from(name: str | None, vectors: Sequence[TaskVector]) -> dict[str, Tensor]:
+    """The heads of the vector named by ``--heads-from``; none by default."""
+    if name is None:
+        return {}
+    for v in vectors:
+        if v.name == name:
+            if not v.heads:
+                raise UsageError(f"--heads-from {name}: it has no heads")
+            return dict(v.heads)
+    raise UsageError(
+        f"--heads-from {name!r} names no input", remedy=f"Inputs: {', '.join(v.name for v in vectors)}."
+    )
+
+
+def edited(
+    base: TensorSource,
+    terms: Sequence[tuple[float, TaskVector]],
+    saving: Saving,
+    heads: Mapping[str, Tensor] | None = None,
+) -> Edited:
+    model = Edited(base, terms, dtype=saving.dtype, out_dtype=saving.out_dtype, heads=heads)
+    unknown = [n for n in model.heads if n not in set(base.names())]
+    if unknown:
+        raise RefusedError(
+            "the base has no such head", tensor=unknown[0], file=base.reference,
+            remedy="Use a base of the same class, or leave out --heads-from.",
+        )
+    return model

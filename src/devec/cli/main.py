@@ -1,0 +1,134 @@
+"""The one binary. Verbs are loaded only when they are called, so that help comes at once."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from devec import __version__
+
+COMMANDS = {
+    "inspect": ("devec.cli.look", "inspect", "Show format, tensors, ranks and norms; check that sources fit."),
+    "compare": ("devec.cli.look", "compare", "Cosines, overlaps against chance, and spectra of sources."),
+    "extract": ("devec.cli.vectors", "extract", "Make a task vector, or a LoRA, from two checkpoints."),
+    "decompose": ("devec.cli.vectors", "decompose", "Split vectors into shared and unique parts."),
+    "export": ("devec.cli.vectors", "export", "Write one part of a decomposition."),
+    "apply": ("devec.cli.models", "apply", "Add weighted vectors or parts to a base."),
+    "merge": ("devec.cli.models", "merge", "Merge models or adapters with a registered method."),
+    "negate": ("devec.cli.models", "negate", "Remove a behaviour: subtract what is unique to it."),
+    "mix": ("devec.cli.models", "mix", "Mix adapters by their unique parts."),
+    "verify": ("devec.cli.look", "verify", "Check an output against its own hashes."),
+    "methods": ("devec.cli.look", "methods", "List the methods, or show one."),
+    "demo": ("devec.cli.demo", "demo", "Run the main job on real data that ships with scikit-learn."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' one-line help without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[name]
+        command = getattr(import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        from difflib import get_close_matches
+
+        name = args[0] if args else ""
+        if name and not name.startswith("-") and name not in COMMANDS:
+            near = get_close_matches(name, COMMANDS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" There is: {', '.join(COMMANDS)}."
+            ctx.fail(f"no command {name!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry[2]) for name, entry in COMMANDS.items()])
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="References: PATH, BASE+ADAPTER, ARTIFACT#part, name=REFERENCE. See docs/commands.md.",
+)
+@click.version_option(__version__, prog_name="devec")
+def cli() -> None:
+    """Split fine-tunes and adapters into shared and unique parts, and recombine them."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and exit with its code. A user's mistake is one line on stderr, never a traceback."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> int:
+    """Run and return the exit code (docs/commands.md lists them)."""
+    try:
+        result = cli.main(args=argv, prog_name="devec", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Abort:
+        return _say("interrupted; nothing was written under a final name", 130)
+    except KeyboardInterrupt:
+        return _say("interrupted; nothing was written under a final name", 130)
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx is not None else "devec"
+        return _say(f"{error.format_message()} See: {where} --help", 2)
+    except click.ClickException as error:
+        return _say(error.format_message(), 2)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    from devec.core.errors import DevecError
+
+    if isinstance(error, DevecError):
+        return _say(error.line(), error.exit_code)
+    known = _system_error(error)
+    if known is not None:
+        return known
+    import traceback
+
+    traceback.print_exc()
+    return _say(f"internal error: {type(error).__name__}: {error}. This is a bug of devec; please report it", 1)
+
+
+def _system_error(error: Exception) -> int | None:
+    """Errors of the operating system that reach the top: a file that cannot be read, a full disk, no memory."""
+    import errno
+
+    if isinstance(error, MemoryError):
+        return _say("not enough memory; use --exclude, a lower --rank, or a machine with more", 5)
+    if isinstance(error, OSError):
+        refused = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+        where = f" (in {error.filename})" if error.filename else ""
+        return _say(f"{error.strerror or error}{where}", 5 if error.errno in refused else 3)
+    return None
+
+
+def _say(text: str, code: int) -> int:
+    print(f"devec: {text}", file=sys.stderr)
+    return code
+
+
+def _lazy(name: str) -> Any:
+    """A command object by name, for tests and documentation."""
+    return cli.get_command(click.Context(cli), name)
+
+
+if __name__ == "__main__":
+    main()

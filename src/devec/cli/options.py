@@ -1,0 +1,174 @@
+"""Options that several commands share, defined once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+class Threshold(click.ParamType):
+    """A number from 0 to 1, or ``chance``."""
+
+    name = "number|chance"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "chance" or isinstance(value, float):
+            return value
+        try:
+            number = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor 'chance'.", param, ctx)
+        if not 0.0 <= number <= 1.0:
+            self.fail(f"{value} is not between 0 and 1.", param, ctx)
+        return number
+
+
+class Size(click.ParamType):
+    """Bytes with a unit: 5GB, 500MB, 1GiB."""
+
+    name = "size"
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        import re
+
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", str(value))
+        unit = self.units.get(match.group(2).upper()) if match else None
+        if match is None or unit is None:
+            self.fail(f"{value!r} is not a size like 5GB or 500MB.", param, ctx)
+        size = int(float(match.group(1)) * unit)
+        if size < 1:
+            self.fail("a size is at least one byte.", param, ctx)
+        return size
+
+
+class Numbers(click.ParamType):
+    """Comma-separated numbers: 1,0.5,0.5."""
+
+    name = "W,W,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        if isinstance(value, list):
+            return value
+        try:
+            return [float(x) for x in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers like 1,0.5.", param, ctx)
+
+
+def _all(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    def add(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return add
+
+
+def printing() -> Callable[[F], F]:
+    """--json, -q, -v: what is printed."""
+    return _all(
+        click.option("--json", "as_json", is_flag=True, help="Results as JSON on stdout, and nothing else there."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress, no tables; warnings and errors only."),
+        click.option("-v", "--verbose", is_flag=True, help="One row per tensor."),
+    )
+
+
+def selecting() -> Callable[[F], F]:
+    """--include, --exclude: which tensors."""
+    return _all(
+        click.option("--include", multiple=True, metavar="REGEX", help="Only tensors whose name matches (repeatable)."),
+        click.option("--exclude", multiple=True, metavar="REGEX", help="Leave out tensors that match (repeatable)."),
+    )
+
+
+def fixing(rank: str = "--rank") -> Callable[[F], F]:
+    """Choices that are fixed when decomposing. ``mix`` calls the rank rule --decompose-rank: its --rank is the output's."""
+    return _all(
+        click.option("--side", type=click.Choice(["left", "right", "both"]), default=None,
+                     help="Column space (left, default), row space (right), or both."),
+        click.option(rank, "rank_rule", metavar="RULE", default=None,
+                     help="auto (default) | none | N | energy=F | nuclear=F | noise | mp; per tensor and vector."),
+        click.option("--exact", is_flag=True, help="No iterative factorisation of dense tensors."),
+        click.option("--split-qkv", is_flag=True, help="Decompose query, key and value rows of fused tensors apart."),
+        click.option("--one-d", is_flag=True, help="Decompose 1-D parameters too (biases, norms)."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Seed of iterative factorisations."),
+        click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True,
+                     help="Compute in this dtype."),
+        click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Threads over tensors."),
+    )  # fmt: skip
+
+
+def reading() -> Callable[[F], F]:
+    """Read-time choices: changing them factorises nothing again."""
+    return _all(
+        click.option("--threshold", type=Threshold(), default=None,
+                     help="Pairwise cos^2 above which a direction is shared (0.85), or chance."),
+        click.option("--fdr", type=float, default=None, help="False discovery rate with --threshold chance (0.01)."),
+        click.option("--pair-basis", type=click.Choice(["bisector", "first", "own"]), default=None,
+                     help="Basis of #shared:A+B (bisector)."),
+        click.option("--joint", type=click.Choice(["consensus", "chain"]), default=None,
+                     help="What joint mode means (consensus)."),
+        click.option("--target-rule", type=click.Choice(["union", "sequence"]), default=None,
+                     help="How a vector is set against several others (union)."),
+        click.option("--angles", is_flag=True, default=None, help="Decide by principal angles (Theorem 6.1)."),
+        click.option("--paper", is_flag=True, default=None,
+                     help="The paper's reading: first, chain, sequence, raw threshold, rank none. Order-dependent."),
+    )  # fmt: skip
+
+
+def compressing() -> Callable[[F], F]:
+    """--rank, --energy, --error of a low-rank output."""
+    return _all(
+        click.option("--rank", type=click.IntRange(1), default=None, help="Write factors of at most this rank."),
+        click.option("--energy", type=float, default=None,
+                     help="Write the lowest rank that keeps this fraction of each tensor's squared norm."),
+        click.option("--error", type=float, default=None,
+                     help="Write the lowest rank with at most this relative Frobenius error per tensor."),
+    )  # fmt: skip
+
+
+def writing() -> Callable[[F], F]:
+    """Options of commands that write weights."""
+    return _all(
+        click.option("-o", "--output", required=True, metavar="OUT", help="Output folder, or FILE.safetensors."),
+        click.option("--overwrite", is_flag=True, help="Replace OUT if it exists."),
+        click.option("--dry-run", is_flag=True, help="Check everything, say what would be written, write nothing."),
+        click.option("--out-dtype", type=click.Choice(DTYPES), default=None,
+                     help="Dtype of float tensors written (default: the base's; float32 for adapters)."),
+        click.option("--shard-size", type=Size(), default="5GB", show_default=True, help="Bytes per weight file."),
+        click.option("--strict", is_flag=True, help="Warnings and failed side steps are errors; nothing is written."),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Printing:
+    """How a command speaks."""
+
+    as_json: bool
+    quiet: bool
+    verbose: bool
+
+
+def read_time(values: dict[str, Any]) -> dict[str, Any]:
+    """The read-time choices that were given (``None`` means: not given)."""
+    keys = ("threshold", "fdr", "pair_basis", "joint", "target_rule", "angles", "paper")
+    return {k: values[k] for k in keys if values.get(k) is not None}
+
+
+def fixed(values: dict[str, Any]) -> dict[str, Any]:
+    """The fixed choices of a decomposition, under the names of ``Factoring``."""
+    out: dict[str, Any] = {k: values[k] for k in ("side", "seed", "dtype") if values.get(k) is not None}
+    if values.get("rank_rule") is not None:
+        out["rank"] = values["rank_rule"]
+    out.update({k: True for k in ("exact", "split_qkv", "one_d") if values.get(k)})
+    return out

@@ -1,0 +1,254 @@
+"""Checkpoints: lazy named tensors in weight space, from a file, a Hugging Face folder, a state dict or a module."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from devec.core.contracts import TensorInfo
+from devec.core.errors import InputError, UsageError
+from devec.core.layout import Layout
+from devec.io.dialect import ADAPTER_FILES, CONFIG_FILE, WEIGHT_SUFFIXES, TensorFile, dialect_of, open_file
+from devec.io.quantised import refuse_quantised
+from devec.io.shard_index import open_shards, read_json
+
+WHOLE_FILES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
+INDEX_FILES = tuple(f"{name}.index.json" for name in WHOLE_FILES)
+_LOOKED_FOR = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+)
+
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+CONV1D_WEIGHT = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
+"""The modules that these models build from transformers' Conv1D, which stores ``in x out``."""
+
+
+class Checkpoint:
+    """Named tensors of one model, read one at a time; implements ``core.contracts.TensorSource``.
+
+    ``names`` lists each stored tensor once, in file-offset order. A tied name (another name for the same storage) is in
+    ``ties`` instead, and ``get``, ``info`` and ``in`` accept it.
+    """
+
+    def __init__(
+        self,
+        reference: str,
+        parts: Mapping[str, TensorFile | _Memory],
+        *,
+        ties: Mapping[str, str] | None = None,
+        config: dict[str, Any] | None = None,
+        folder: Path | None = None,
+        conv1d: frozenset[str] = frozenset(),
+    ) -> None:
+        self.reference = reference
+        self.config = config
+        self.folder = folder
+        self._parts = dict(parts)
+        self._ties = dict(ties or {})
+        self._conv1d = conv1d
+        self._fingerprint: str | None = None
+        refuse_quantised(self, reference)
+
+    def names(self) -> list[str]:
+        return list(self._parts)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts or name in self._ties
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        """alias -> the stored name whose storage it shares."""
+        return self._ties
+
+    def info(self, name: str) -> TensorInfo:
+        return self._part(name).info(self._ties.get(name, name))
+
+    def get(self, name: str) -> Tensor:
+        """The tensor as stored: its own dtype and shape."""
+        return self._part(name).get(self._ties.get(name, name))
+
+    def file_of(self, name: str) -> str:
+        """The file that holds the tensor, or ``memory``."""
+        return str(self._part(name).path)
+
+    def is_float(self, name: str) -> bool:
+        """False for integers and booleans, which are never averaged or subtracted."""
+        return self.info(name).dtype.is_floating_point
+
+    def layout(self, name: str) -> Layout:
+        """How the tensor lies against the ``out x in`` matrix; Conv1D weights are stored transposed."""
+        shape = self.info(name).shape
+        return Layout(shape, transposed=len(shape) == 2 and self._is_conv1d(name))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the sorted names with their shapes, dtypes and bytes (cached; reads every tensor once)."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for name in sorted(self._parts):
+                info = self.info(name)
+                digest.update(json.dumps([name, list(info.shape), str(info.dtype)]).encode())
+                digest.update(self.get(name).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def close(self) -> None:
+        """Close the files behind it (they are closed anyway when it goes away)."""
+        for part in {id(p): p for p in self._parts.values()}.values():
+            part.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _is_conv1d(self, name: str) -> bool:
+        if name in self._conv1d:
+            return True
+        model = (self.config or {}).get("model_type")
+        return model in CONV1D_MODELS and CONV1D_WEIGHT.search(name) is not None
+
+    def _part(self, name: str) -> TensorFile | _Memory:
+        try:
+            return self._parts[self._ties.get(name, name)]
+        except KeyError:
+            raise InputError("no such tensor", tensor=name, file=self.reference) from None
+
+
+class _Memory:
+    """Tensors of a state dict, behind the interface of a file."""
+
+    path = "memory"
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        value = self._tensors[name]
+        return TensorInfo(tuple(value.shape), value.dtype)
+
+    def get(self, name: str) -> Tensor:
+        return self._tensors[name].detach()
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a weight file of any kind, or a Hugging Face folder (one file, or shards with their index).
+
+    Raises InputError (exit 3) for anything missing or broken, RefusedError (exit 5) for a quantised model, an unsafe
+    pickle or an index that points outside its folder, UsageError (exit 2) for an adapter.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    file = open_file(path)
+    if dialect_of(file.names()) is not None:
+        file.close()
+        raise _adapter_given(path)
+    # a file of a model folder is read with that folder's configuration, which says what is stored transposed
+    customary = path.name in WHOLE_FILES or re.fullmatch(r"(model|pytorch_model)-\d+-of-\d+\.\w+", path.name)
+    config = _config(path.parent) if customary else None
+    return Checkpoint(str(path), dict.fromkeys(file.names(), file), ties=file.ties, config=config)
+
+
+def checkpoint_from_state_dict(
+    tensors: Mapping[str, Tensor], config: dict[str, Any] | None = None, *, reference: str = "memory"
+) -> Checkpoint:
+    """A checkpoint over tensors in memory. Names whose tensors are the same view of one storage are tied."""
+    return _from_memory(tensors, config, reference, frozenset())
+
+
+def checkpoint_from_module(
+    module: nn.Module, config: dict[str, Any] | None = None, *, reference: str = "memory"
+) -> Checkpoint:
+    """A checkpoint over a module's parameters and persistent buffers.
+
+    ``config`` defaults to ``module.config`` where that exists; Conv1D modules are recognised by their class.
+    """
+    own = getattr(module, "config", None)
+    if config is None and own is not None and hasattr(own, "to_dict"):
+        config = own.to_dict()
+    conv1d = frozenset(
+        f"{name}.weight".removeprefix(".") for name, part in module.named_modules() if type(part).__name__ == "Conv1D"
+    )
+    return _from_memory(module.state_dict(), config, reference, conv1d)
+
+
+def _from_memory(
+    tensors: Mapping[str, Tensor], config: dict[str, Any] | None, reference: str, conv1d: frozenset[str]
+) -> Checkpoint:
+    first: dict[object, str] = {}
+    ties: dict[str, str] = {}
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise InputError(f"a state dict holds tensors, not a {type(value).__name__}", tensor=name, file=reference)
+        view = (value.data_ptr(), value.device, value.dtype, tuple(value.shape), value.stride())
+        if value.numel() and not value.is_meta and view in first:
+            ties[name] = first[view]
+        else:
+            first[view] = name
+    memory = _Memory(tensors)
+    parts = {name: memory for name in tensors if name not in ties}
+    return Checkpoint(reference, parts, ties=ties, config=config, conv1d=conv1d)
+
+
+def _adapter_given(path: Path) -> UsageError:
+    return UsageError(
+        "this is an adapter, where a whole checkpoint belongs",
+        file=path,
+        remedy="Give the model's own weights, or BASE+ADAPTER for the adapter applied to its base.",
+    )
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    path = folder / "config.json"
+    return read_json(path) if path.is_file() else None
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    for whole, index in zip(WHOLE_FILES, INDEX_FILES, strict=True):
+        if (folder / whole).is_file():
+            file = open_file(folder / whole)
+            return Checkpoint(
+                str(folder), dict.fromkeys(file.names(), file), ties=file.ties, config=_config(folder), folder=folder
+            )
+        if (folder / index).is_file():
+            parts, ties = open_shards(folder, folder / index)
+            return Checkpoint(str(folder), parts, ties=ties, config=_config(folder), folder=folder)
+    if (folder / CONFIG_FILE).is_file() or any((folder / name).is_file() for name in ADAPTER_FILES):
+        raise _adapter_given(folder)
+    raise _nothing_in(folder)
+
+
+def _nothing_in(folder: Path) -> InputError:
+    suffixes = (*WEIGHT_SUFFIXES, ".gguf")
+    try:
+        weights = sorted(p.name for p in folder.iterdir() if p.suffix in suffixes)
+    except OSError as error:
+        return InputError(f"the folder cannot be read: {error.strerror}", file=folder)
+    if any(re.search(r"-\d+-of-\d+\.", name) for name in weights):
+        remedy = "There are shards without their index; download the index too."
+    elif weights:
+        remedy = f"Give the file itself, e.g. {folder / weights[0]}."
+    else:
+        remedy = "Check the path."
+    return InputError(
+        "the folder holds no checkpoint", values={"looked for": ", ".join(_LOOKED_FOR)}, file=folder, remedy=remedy
+    )
