@@ -1,8 +1,9 @@
 """Write docs/equations.md: which function carries which equation, and which tests hold it to that.
 
 Nothing is listed by hand. Docstrings in ``devec.linalg``, ``devec.core`` and ``devec.methods`` name equations
-(``Eq. (9)``, ``Eq. (6)-(13)``, ``Prop. 3.1``, ``Theorem 6.1``); a number belongs to the paper whose arXiv identifier
-stands nearest: beside it, else in the same docstring, else in the module's. Tests are found by what they use.
+(``Eq. (9)``, ``Eq. (6)-(13)``, ``Prop. 3.1``, ``Theorem 6.1``). A number belongs to the paper beside it (``arXiv:...``,
+or ``of Name (year)``), else to the one arXiv identifier in the same docstring, else in the module's. Tests are found by
+what they use.
 
     python docs/make_equations.py
 """
@@ -54,6 +55,9 @@ SAYS = {
 }
 """The paper's statements in its own order. What no docstring cites is left out of the table."""
 
+WORK = r"[A-Z][\w-]+(?:(?:,|\s+and)\s+[A-Z][\w-]+)*(?:\s+et\s+al\.)?\s+\(\d{4}\)"
+"""A paper without an arXiv number: ``Bjorck and Golub (1973)``."""
+
 NO_PAPER = "of no paper"
 NUMBER = r"\(\d+\)"
 CITATION = re.compile(
@@ -95,10 +99,11 @@ def citations(where: str, doc: str, module_doc: str) -> Iterator[Citation]:
 
 
 def paper_of(match: re.Match[str], doc: str, module_doc: str) -> str | None:
-    before = re.search(r"arXiv:(\d{4}\.\d{4,5})[\s,:;()]*$", doc[: match.start()])
+    before = re.search(r"arXiv:(\d{4}\.\d{4,5})[\s,:()]*$", doc[: match.start()])
     after = re.match(r"[\s,(]*(?:of|in)?\s*arXiv:(\d{4}\.\d{4,5})", doc[match.end() :])
-    if found := before or after:
-        return found.group(1)
+    work = re.match(rf"\s+of\s+({WORK})", doc[match.end() :])
+    if found := after or work or before:
+        return re.sub(r"\s+", " ", found.group(1))
     for text in (doc, module_doc):
         papers = set(ARXIV.findall(text))
         if len(papers) == 1:
@@ -142,7 +147,10 @@ def collect() -> list[Citation]:
         found |= inside
         found |= {c for c in citations(module.__name__, head, head) if (c.paper, c.label) not in claimed}
     if astray := sorted({f"{c.label} in {c.where}" for c in found if c.paper == NO_PAPER}):
-        raise ValueError(f"of which paper? Put arXiv:NUMBER there or into the module's docstring: {'; '.join(astray)}")
+        raise ValueError(
+            f"of which paper? Write arXiv:NUMBER or 'of Name (year)' beside these, or arXiv:NUMBER into the module's "
+            f"docstring: {'; '.join(astray)}"
+        )
     return sorted(found)
 
 
@@ -181,7 +189,8 @@ def render() -> str:
         *table([r for r in rows if r.paper == PAPER], tests, with_words=True),
     ]
     for paper in sorted({r.paper for r in rows} - {PAPER}):
-        lines += ["", f"## [arXiv:{paper}](https://arxiv.org/abs/{paper})", ""]
+        number = re.fullmatch(r"[0-9.]+", paper)
+        lines += ["", f"## [arXiv:{paper}](https://arxiv.org/abs/{paper})" if number else f"## {paper}", ""]
         lines += table([r for r in rows if r.paper == paper], tests, with_words=False)
     return "\n".join(lines) + "\n"
 

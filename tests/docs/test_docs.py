@@ -71,9 +71,10 @@ def test_citations_are_read(equations: ModuleType, doc: str, labels: list[str]) 
 
 
 def test_a_citation_belongs_to_the_paper_beside_it(equations: ModuleType) -> None:
-    doc = "Threshold of arXiv:1305.5870, Eq. (11); used in Eq. (10) of arXiv:2512.22511."
+    doc = "arXiv:1305.5870, Eq. (11); Eq. (10) of arXiv:2512.22511; Eq. (2) of Bjorck\n    and Golub (1973)."
     assert {(row.paper, row.label) for row in equations.citations("here", doc, "")} == {
         ("1305.5870", "Eq. 11"),
+        ("Bjorck and Golub (1973)", "Eq. 2"),
         ("2512.22511", "Eq. 10"),
     }
     assert [row.paper for row in equations.citations("here", "Eq. (11)", "")] == [equations.NO_PAPER]

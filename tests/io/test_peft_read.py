@@ -148,26 +148,11 @@ def test_equals_what_peft_merges(case: str, base: bool, tmp_path: Path) -> None:
     assert_same(vector, changes)
 
 
-def test_torch_attention_equals_the_adapted_forward_pass(tmp_path: Path) -> None:
-    # peft's merge counts out_proj twice here, so the oracle is its forward pass
-    model = Attention().eval()
-    plain = copy.deepcopy(model)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["attn", "out"], r=2))
-    with torch.no_grad():
-        for value in adapted.parameters():
-            if value.requires_grad:
-                value.copy_(0.3 * torch.randn_like(value))
-        adapted.save_pretrained(str(tmp_path / "a"))
-        x = torch.randn(3, 2, 8)
-        wanted = adapted.eval()(x)
-        vector = read_adapter(tmp_path / "a", base=checkpoint_from_module(plain))
-        assert set(vector.names()) == {"attn.in_proj_weight", "attn.out_proj.weight", "out.weight"}
-        before = plain(x)
-        parameters = dict(plain.named_parameters())
-        for name in vector.names():
-            parameters[name].add_(vector.layouts[name].to_stored(vector.deltas[name].dense()))
-        assert (before - wanted).abs().max() > 1e-2
-        assert torch.allclose(plain(x), wanted, atol=1e-5)
+def test_torch_attention_is_refused(tmp_path: Path) -> None:
+    # peft both merges and runs out_proj's delta twice, so no one delta is what the file means
+    train_and_save(Attention(), tmp_path / "a", target_modules=["attn", "out"], r=2)
+    with pytest.raises(RefusedError, match="MultiheadAttention"):
+        read_adapter(tmp_path / "a")
 
 
 DORA: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -203,6 +188,17 @@ def test_heads_are_kept_apart_under_the_models_own_names(tmp_path: Path) -> None
     assert list(vector.heads) == ["score.weight"]
     assert torch.allclose(vector.heads["score.weight"], before["score.weight"] + changes["score.weight"])
     assert_same(vector, changes, heads=True)
+
+
+def test_the_copy_of_an_adapted_embedding_is_no_head_but_must_be_the_bases(tmp_path: Path) -> None:
+    model = llama()
+    base = checkpoint_from_module(copy.deepcopy(model))
+    train_and_save(model, tmp_path / "a", target_modules=["embed_tokens"], r=2)
+    copies = [n for n in load_file(tmp_path / "a" / "adapter_model.safetensors") if "base_layer" in n]
+    assert copies == ["base_model.model.model.embed_tokens.base_layer.weight"]
+    assert not read_adapter(tmp_path / "a", base=base).heads and not read_adapter(tmp_path / "a").heads
+    with pytest.raises(IncompatibleError, match="the given base has another"):
+        read_adapter(tmp_path / "a", base=checkpoint_from_module(llama()))
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])

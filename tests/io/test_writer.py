@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from devec.core.contracts import TensorInfo
 from devec.core.errors import DevecError, IncompatibleError, RefusedError
 from devec.io import disk
-from devec.io.writer import DTYPE_NAMES, TENSOR_HASHES, SafetensorsWriter, bytes_of, cast, is_finite, save_file
+from devec.io.rounding import cast, is_finite
+from devec.io.writer import DTYPE_NAMES, TENSOR_HASHES, SafetensorsWriter, bytes_of, save_file
 
 
 def _one_of_each() -> dict[str, torch.Tensor]:
@@ -141,10 +142,21 @@ def test_unknown_twice_and_never_written_tensors_are_errors(tmp_path):
 def test_values_that_are_not_finite_are_refused_by_name(tmp_path, dtype, bad):
     value = torch.ones(4, 4)
     value[2, 3] = bad
-    assert not is_finite(value.to(dtype))
+    assert is_finite(torch.ones(4, 4).to(dtype)) and not is_finite(value.to(dtype))
     with pytest.raises(IncompatibleError, match=r"not finite.*\[tensor layer\.w\]"):
         save_file(tmp_path / "x.safetensors", {"layer.w": value.to(dtype)})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_cast_at_the_edge_of_the_range_is_what_torch_rounds_to():
+    for value in (65504.0, 65519.0, -65519.0):  # 65520 is the midpoint to the next power, which is infinity
+        assert cast("w", torch.tensor([value]), torch.float16).item() == (65504.0 if value > 0 else -65504.0)
+    with pytest.raises(RefusedError):
+        cast("w", torch.tensor([1.0, -65520.0]), torch.float16)
+    assert cast("w", torch.tensor([448.0]), torch.float8_e4m3fn).float().item() == 448.0
+    with pytest.raises(RefusedError, match="too large for bfloat16"):
+        cast("w", torch.tensor([torch.finfo(torch.float32).max]), torch.bfloat16)
+    assert cast("w", torch.zeros(0), torch.float16).shape == (0,)
 
 
 def test_cast_rounds_to_nearest_and_refuses_overflow():

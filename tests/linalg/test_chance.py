@@ -44,9 +44,7 @@ def test_pair_draws_have_the_law_of_haar_subspaces(r1: int, r2: int, n: int) -> 
 
 
 @pytest.mark.parametrize(("r1", "r2", "n"), [(64, 64, 768), (256, 256, 2304), (300, 300, 900), (100, 500, 1000)])
-def test_the_corner_keeps_the_largest_eigenvalue(
-    r1: int, r2: int, n: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_corner_keeps_the_largest_eigenvalue(r1: int, r2: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     m, a, b = min(r1, r2), abs(r1 - r2), n - r1 - r2
     rows = nulls._corner(m, a, b)
     assert rows < m
@@ -66,9 +64,7 @@ def test_largest_eigenvalue_of_tridiagonals_is_exact() -> None:
     rng = np.random.default_rng(0)
     d, o = rng.random((12, 50)), rng.random((11, 50))
     o[5, :10] = 0.0  # decoupled blocks
-    want = [
-        np.linalg.eigvalsh(np.diag(d[:, j]) + np.diag(o[:, j], 1) + np.diag(o[:, j], -1))[-1] for j in range(50)
-    ]
+    want = [np.linalg.eigvalsh(np.diag(d[:, j]) + np.diag(o[:, j], 1) + np.diag(o[:, j], -1))[-1] for j in range(50)]
     assert np.allclose(nulls.largest_eigenvalue(d, o * o), want, rtol=1e-13)
 
 

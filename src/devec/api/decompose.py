@@ -33,7 +33,7 @@ def decompose(
     *,
     base: Any = None,
     selection: Selection | None = None,
-    workers: int = 1,
+    workers: int | None = None,
     device: str = "auto",
     progress: Progress = silent,
     notes: Sequence[Finding] = (),
@@ -106,7 +106,7 @@ def place(device: str) -> torch.device:
 
 
 def factorise(
-    pool: Pool, factoring: Factoring, workers: int, progress: Progress, device: torch.device
+    pool: Pool, factoring: Factoring, workers: int | None, progress: Progress, device: torch.device
 ) -> dict[str, TensorFactors]:
     """Every tensor that takes part, factored on ``device``: matrices, and 1-D parameters if asked for."""
     names = [n for n in pool.tensors() if factoring.one_d or not pool.layout(n).is_vector]
@@ -119,7 +119,7 @@ def factorise(
     def job(name: str) -> TensorFactors:
         return shared_unique(pool.block(name).on(device), factoring).on(torch.device("cpu"))
 
-    results = ordered_map(job, names, workers=workers, progress=progress)
+    results = ordered_map(job, names, workers=1 if device.type == "cuda" else workers, progress=progress)
     return {t.name: t for t in results}
 
 

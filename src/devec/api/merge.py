@@ -29,11 +29,11 @@ from devec.methods import registry
 class ZeroBase:
     """A base of zeros in the shapes of a model, so that methods which need no base see weights as deltas.
 
-    Integer tensors are the model's own: they are copied, never averaged.
+    Integer tensors, and those that the selection leaves out, are the model's own: copied, never averaged.
     """
 
-    def __init__(self, like: TensorSource) -> None:
-        self.like = like
+    def __init__(self, like: TensorSource, selection: Selection) -> None:
+        self.like, self.selection = like, selection
 
     @property
     def reference(self) -> str:
@@ -62,7 +62,9 @@ class ZeroBase:
 
     def get(self, name: str) -> Tensor:
         info = self.like.info(name)
-        return torch.zeros(info.shape, dtype=info.dtype) if info.dtype.is_floating_point else self.like.get(name)
+        if not info.dtype.is_floating_point or not self.selection.keeps(name):
+            return self.like.get(name)
+        return torch.zeros(info.shape, dtype=info.dtype)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def merge(
         raise UsageError("merge got no sources", remedy="Name at least one model or adapter.")
     under = open_model(base) if base is not None else None
     if under is None and not chosen.needs_base and _is_checkpoint(sources[0]):
-        under = ZeroBase(open_checkpoint(_path_of(sources[0])))
+        under = ZeroBase(open_checkpoint(_path_of(sources[0])), selection or Selection())
     if under is None and any(_is_checkpoint(s) for s in sources):
         raise UsageError(f"{chosen.name} of full checkpoints needs their base", remedy="Give --base BASE.")
     pool, notes = load_pool(sources, base=under, dtype=dtype, selection=selection, view=view)

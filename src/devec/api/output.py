@@ -17,7 +17,7 @@ from devec.core.errors import RefusedError, UsageError
 from devec.core.provenance import InputRecord, Provenance
 from devec.core.vectors import LazyMap, TaskVector
 from devec.io import artifact
-from devec.io.adapters import write_adapter
+from devec.io.adapters.write import write_adapter
 from devec.io.folder import OutputFolder
 from devec.io.model_folder import WrittenModel, write_model_folder
 from devec.io.records import installed_versions, write_records

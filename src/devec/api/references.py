@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from devec.api.edit import Edited, edit
+from devec.api.edit import edit
 from devec.api.extract import delta_of
 from devec.core.contracts import TensorSource
 from devec.core.decomposition import Decomposition
@@ -113,7 +113,7 @@ def open_model(model: ModelLike) -> TensorSource:
         return checkpoint_from_module(model)
     if isinstance(model, Mapping):
         return checkpoint_from_state_dict(model)
-    if isinstance(model, (Checkpoint, Edited)):
+    if isinstance(model, TensorSource):
         return model
     raise UsageError(f"cannot read a model from {type(model).__name__}")
 

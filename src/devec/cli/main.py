@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from typing import Any
 
 import click
 
@@ -16,7 +15,7 @@ COMMANDS = {
     "extract": ("devec.cli.vectors", "extract", "Make a task vector, or a LoRA, from two checkpoints."),
     "decompose": ("devec.cli.vectors", "decompose", "Split vectors into shared and unique parts."),
     "export": ("devec.cli.vectors", "export", "Write one part of a decomposition."),
-    "apply": ("devec.cli.models", "apply", "Add weighted vectors or parts to a base."),
+    "apply": ("devec.cli.models", "apply_", "Add weighted vectors or parts to a base."),
     "merge": ("devec.cli.models", "merge", "Merge models or adapters with a registered method."),
     "negate": ("devec.cli.models", "negate", "Remove a behaviour: subtract what is unique to it."),
     "mix": ("devec.cli.models", "mix", "Mix adapters by their unique parts."),
@@ -123,11 +122,6 @@ def _system_error(error: Exception) -> int | None:
 def _say(text: str, code: int) -> int:
     print(f"devec: {text}", file=sys.stderr)
     return code
-
-
-def _lazy(name: str) -> Any:
-    """A command object by name, for tests and documentation."""
-    return cli.get_command(click.Context(cli), name)
 
 
 if __name__ == "__main__":

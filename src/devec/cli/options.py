@@ -104,7 +104,8 @@ def fixing(rank: str = "--rank") -> Callable[[F], F]:
         click.option("--seed", type=int, default=0, show_default=True, help="Seed of iterative factorisations."),
         click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True,
                      help="Compute in this dtype."),
-        click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Threads over tensors."),
+        click.option("--workers", type=click.IntRange(1), default=None,
+                     help="Threads over tensors (all cores). Never changes a result."),
     )  # fmt: skip
 
 

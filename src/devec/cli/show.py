@@ -28,14 +28,16 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
     from rich.console import Console
     from rich.table import Table
 
-    grid = Table(title=title, title_justify="left", header_style="bold")
+    grid = Table(header_style="bold")
     for i, name in enumerate(columns):
         grid.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         grid.add_row(*(cell(x) for x in row))
     console = Console()
     # A pipe has no width of its own; a table squeezed to 80 columns is unreadable in a log.
-    (console if console.is_terminal else Console(width=140)).print(grid)
+    screen = console if console.is_terminal else Console(width=140)
+    screen.print(title, style="bold", highlight=False, soft_wrap=True)
+    screen.print(grid)
 
 
 def cell(value: object) -> str:

@@ -39,15 +39,11 @@ def pool_findings(pool: Pool) -> list[Finding]:
         if lacking:
             out.append(Finding("missing-module", ", ".join(lacking), (n,)))
     out = _gathered_missing(out, len(pool))
-    for v in pool:
-        if v.heads:
-            out.append(
-                Finding(
-                    "head-kept-apart",
-                    f"{v.name}: {len(v.heads)} whole tensors (heads) take no part",
-                    tuple(f"{v.name}:{n}" for n in v.heads),
-                )
-            )
+    with_heads = [v for v in pool if v.heads]
+    if with_heads:
+        listed = ", ".join(f"{v.name} ({len(v.heads)})" for v in with_heads)
+        names = tuple(f"{v.name}:{n}" for v in with_heads for n in v.heads)
+        out.append(Finding("head-kept-apart", f"whole tensors (heads) take no part: {listed}", names))
     return out
 
 

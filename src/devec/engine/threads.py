@@ -1,14 +1,19 @@
 """An ordered map over named jobs, on threads.
 
-Results come back in the order of the jobs whatever the number of workers, and each job sees only its own inputs, so
-the number of workers never changes a byte.
+Results come back in the order of the jobs whatever the number of workers, each job sees only its own inputs, and every
+job runs on one BLAS thread (two threads round differently from one), so the number of workers never changes a byte.
+For the many small factorisations of an adapter one thread a job is also twice as fast as a team of threads a product.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
+
+import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -24,13 +29,34 @@ def silent(done: int, total: int, name: str) -> None:
     """No progress."""
 
 
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """One BLAS thread a job; the caller's setting comes back afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def default_workers() -> int:
+    """As many as the cores this process may use."""
+    return max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 1)
+
+
 def ordered_map(
-    function: Callable[[T], R], jobs: Sequence[T], *, workers: int = 1, progress: Progress = silent
-) -> Iterator[R]:
-    """``function(job)`` for each job, in order. At most ``2 workers`` results wait to be taken.
+    function: Callable[[T], R], jobs: Sequence[T], *, workers: int | None = None, progress: Progress = silent
+) -> list[R]:
+    """``function(job)`` for each job, in order; ``workers=None`` takes every core.
 
     An exception (or Ctrl-C) cancels the jobs that have not begun and is raised as it is.
     """
+    with one_blas_thread():
+        return list(_mapped(function, jobs, workers or default_workers(), progress))
+
+
+def _mapped(function: Callable[[T], R], jobs: Sequence[T], workers: int, progress: Progress) -> Iterator[R]:
     total = len(jobs)
     if workers <= 1:
         for i, job in enumerate(jobs):

@@ -27,8 +27,8 @@ class NetConfig:
     """``classes`` maps a task's name to its number of classes; ``width`` is the side of the square weight matrices."""
 
     classes: Mapping[str, int]
-    width: int = 256
-    blocks: int = 3
+    width: int = 384
+    blocks: int = 2
     pixels: int = SIDE * SIDE
 
 

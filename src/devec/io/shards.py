@@ -12,7 +12,8 @@ from devec.core.contracts import TensorInfo
 from devec.core.errors import DevecError
 from devec.io.disk import write_file
 from devec.io.records import TensorRecord, dump_json
-from devec.io.writer import SafetensorsWriter, cast, nbytes
+from devec.io.rounding import cast
+from devec.io.writer import SafetensorsWriter, nbytes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -88,7 +89,7 @@ class ShardWriter:
                 self.folder / shard.filename, shard.entries, self._metadata, hashes_in_header=self._hashes_in_header
             )
             self._writers[shard.filename] = writer
-        writer.put(name, cast(name, value, self._infos[name].dtype, writer.path))
+        writer.put(name, cast(name, value, self._infos[name].dtype, writer.path), finite=True)
         if not writer.missing:
             writer.close()
         return nbytes(self._infos[name])

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -25,6 +26,7 @@ from torch import Tensor
 from devec.core.contracts import TensorInfo
 from devec.core.errors import DevecError, IncompatibleError, RefusedError
 from devec.io.disk import PIECE, refusing, write_at
+from devec.io.rounding import is_finite, not_finite
 from devec.io.safetensors_file import DTYPES, MAX_HEADER
 
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
@@ -33,71 +35,9 @@ DTYPE_NAMES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.ite
 TENSOR_HASHES = "devec.sha256"
 """Metadata key: JSON object, tensor name -> SHA-256 of the tensor's bytes as stored."""
 
-_CHECKED_AT_ONCE = 1 << 22
-"""Elements per finite check: bounds the temporary memory for dtypes that must be widened first."""
-
-
 def nbytes(info: TensorInfo) -> int:
     """Bytes that a tensor takes in a file."""
     return prod(info.shape) * info.dtype.itemsize
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds no NaN and no infinity, with no mask of its size (a minimum carries NaN along)."""
-    if tensor.dtype.is_complex:
-        tensor = torch.view_as_real(tensor)
-    if not tensor.dtype.is_floating_point:
-        return True
-    flat = tensor.reshape(-1)
-    for start in range(0, flat.numel(), _CHECKED_AT_ONCE):
-        part = flat[start : start + _CHECKED_AT_ONCE]
-        if part.dtype.itemsize == 1:
-            part = part.to(torch.float32)
-        low, high = torch.aminmax(part)
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            return False
-    return True
-
-
-def cast(name: str, tensor: Tensor, dtype: torch.dtype, file: str | Path | None = None) -> Tensor:
-    """``tensor`` in the output dtype, rounded to nearest; the last step of every computation.
-
-    Raises :class:`IncompatibleError` when a value to be rounded already holds NaN or infinity, or when a float would
-    become an integer or the reverse; :class:`RefusedError` when a finite value does not fit ``dtype``.
-    """
-    if tensor.dtype == dtype:
-        return tensor  # checked when it is written
-    if not (tensor.dtype.is_floating_point and dtype.is_floating_point):
-        raise IncompatibleError(
-            "a tensor cannot change between float and integer",
-            tensor=name,
-            values={"value": tensor.dtype, "output": dtype},
-            file=file,
-            remedy="Copy it from the base, or leave it out with --exclude.",
-        )
-    result = tensor.to(dtype)
-    # Eight-bit floats saturate silently instead of overflowing, so their range is looked at before
-    fits = dtype.itemsize > 1 or not tensor.numel() or float(tensor.abs().max()) <= torch.finfo(dtype).max
-    if fits and is_finite(result):
-        return result
-    if not is_finite(tensor):
-        raise _not_finite(name, file)
-    raise RefusedError(
-        f"a value is too large for {str(dtype).removeprefix('torch.')}",
-        tensor=name,
-        values={"largest": f"{float(tensor.abs().max()):.6g}", "limit": f"{torch.finfo(dtype).max:.6g}"},
-        file=file,
-        remedy="Choose a wider type: --out-dtype bfloat16 or float32.",
-    )
-
-
-def _not_finite(name: str, file: str | Path | None) -> IncompatibleError:
-    return IncompatibleError(
-        "the result is not finite (NaN or infinity)",
-        tensor=name,
-        file=file,
-        remedy="Look for it with `devec inspect` on the inputs, or leave it out with --exclude.",
-    )
 
 
 class SafetensorsWriter:
@@ -144,6 +84,7 @@ class SafetensorsWriter:
         self._hashed = 0  # bytes of the file, from its start, that the running hash has seen
         self._digest: str | None = None
         self._lock = Lock()
+        self._helper = ThreadPoolExecutor(max_workers=1)
         with refusing(self.path):
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             try:
@@ -175,8 +116,11 @@ class SafetensorsWriter:
             )
         return len(text).to_bytes(8, "little") + text
 
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor. Its shape and dtype must be those announced, and its values finite. Thread-safe."""
+    def put(self, name: str, tensor: Tensor, *, finite: bool = False) -> None:
+        """Write one tensor. Its shape and dtype must be those announced, and its values finite. Thread-safe.
+
+        ``finite=True`` says that the values were looked at already (:func:`cast` does) and saves a pass.
+        """
         if name not in self._infos:
             raise ValueError(f"tensor {name} was not announced for {self.path.name}")
         info = self._infos[name]
@@ -189,22 +133,20 @@ class SafetensorsWriter:
                 },
                 file=self.path,
             )
-        if not is_finite(tensor):
-            raise _not_finite(name, self.path)
+        if not finite and not is_finite(tensor):
+            raise not_finite(name, self.path)
         with self._lock:
             if name in self.tensor_sha256:
                 raise ValueError(f"tensor {name} is written twice")
             self.tensor_sha256[name] = ""
         data = bytes_of(tensor)
         at = self._start + self._offsets[name]
+        digest = self._helper.submit(_digest, data)  # beside the writing: hashing and disk both leave Python's lock
         with refusing(self.path):
             write_at(self._fd, data, at)
-        digest = hashlib.sha256()
-        for piece in range(0, len(data), PIECE):
-            digest.update(data[piece : piece + PIECE])
         with self._lock:
-            self.tensor_sha256[name] = digest.hexdigest()
             self._advance(data, at)
+        self.tensor_sha256[name] = digest.result()
 
     def _advance(self, data: memoryview, at: int) -> None:
         if at == self._hashed:
@@ -238,15 +180,18 @@ class SafetensorsWriter:
             self.abort()
             raise
         self._digest = self._hash.hexdigest()
-        os.close(self._fd)
-        self._fd = -1
+        self._release()
 
     def abort(self) -> None:
         """Close and remove the unfinished file."""
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            self._release()
             self.path.unlink(missing_ok=True)
+
+    def _release(self) -> None:
+        self._helper.shutdown()
+        os.close(self._fd)
+        self._fd = -1
 
     @property
     def sha256(self) -> str:
@@ -270,6 +215,10 @@ class SafetensorsWriter:
             self.close()
         else:
             self.abort()
+
+
+def _digest(data: memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

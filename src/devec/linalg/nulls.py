@@ -51,7 +51,7 @@ def largest_eigenvalue(diagonal: Array, off2: Array, ceiling: float = np.inf) ->
     """
     K = diagonal.shape[0]
     if K == 1:
-        return diagonal[0].copy()
+        return np.array(diagonal[0])
     off = np.sqrt(off2)
     bound = diagonal.copy()
     bound[:-1] += off
@@ -167,9 +167,7 @@ def _beta_fraction(x: Array, a: float, b: float) -> Array:
 # --- k subspaces -----------------------------------------------------------------------------------------------------
 
 
-def draw_largest_joint(
-    ranks: tuple[int, ...], n: int, kind: JointKind, size: int, rng: np.random.Generator
-) -> Array:
+def draw_largest_joint(ranks: tuple[int, ...], n: int, kind: JointKind, size: int, rng: np.random.Generator) -> Array:
     """``size`` draws of the joint statistic. Independent of n in cost: only ``min(n, sum r_i)`` rows are drawn."""
     total = sum(ranks)
     chunk = max(8, min(CHUNK, (1 << 19) // (total * total)))

@@ -7,6 +7,7 @@ tensor in the file                         what it is here
 ``M.lora_embedding_A``, ``..._B``          ``M.weight``: ``s (B A)^T``, rows are the vocabulary
 ``M.lora_magnitude_vector``                DoRA (arXiv:2402.09353, Eq. 5): ``W' = m (W + s B A) / ||W + s B A||``
 ``M.lora_B.bias``                          ``M.bias``: ``s b``
+``M.base_layer.weight``                    a copy of the base's own weight: checked against a given base
 anything else                              a head: a whole tensor that replaces the base's
 =========================================  ==============================================================
 
@@ -41,10 +42,11 @@ _SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.|$)")
 
 @dataclass
 class _Module:
-    """The file's names of one module's parts."""
+    """The file's names of one module's parts; ``copy`` is the base's own weight, saved beside its LoRA."""
 
     parts: dict[str, str] = field(default_factory=dict)
     bias: str | None = None
+    copy: str | None = None
 
 
 def read_peft(
@@ -114,6 +116,8 @@ def _group(file: TensorFile) -> tuple[dict[str, _Module], dict[str, str]]:
             raise IncompatibleError("the same LoRA factor appears twice", tensor=key, file=file.path)
         else:
             module.parts[match["part"]] = key
+    for module, parts in modules.items():
+        parts.copy = heads.pop(f"{module}.base_layer.weight", None)
     if len(adapters) > 1:
         raise IncompatibleError(
             "the file holds several adapters", values={"adapters": ", ".join(sorted(adapters))}, file=file.path,
@@ -147,9 +151,13 @@ class _Reader:
                 self._read_bias(biases[module], parts.bias, self.config.scale(module), fit)
 
     def _weight_name(self, module: str) -> str:
-        # an attention module of torch holds its three input projections in one parameter
-        if f"{module}.base_layer.out_proj" in self.modules:
-            return f"{module}.in_proj_weight"
+        if module.endswith(".base_layer.out_proj"):
+            raise RefusedError(
+                "LoRA on torch's MultiheadAttention is not read: peft applies its out_proj delta twice",
+                tensor=self.modules[module].parts.get("lora_B"),
+                file=self.file.path,
+                remedy="Merge it into its base with peft, and extract the difference.",
+            )
         return f"{module.replace('.base_layer.', '.')}.weight"
 
     def _read_module(self, module: str, name: str, parts: _Module, fit: Fit) -> None:
@@ -180,6 +188,8 @@ class _Reader:
             transposed = self.config.fan_in_fan_out and self._may_be_conv1d(name)
             guess = Layout((width, out) if transposed else (out, width), transposed=transposed)
         self.layouts[name] = fit.layout(name, guess)
+        if parts.copy is not None and fit.base is not None:
+            self._check_copy(name, parts.copy, fit)
         magnitude = parts.parts.get("lora_magnitude_vector")
         if magnitude is None and not self.config.use_dora:
             self.makers[name] = lambda: delta
@@ -216,6 +226,19 @@ class _Reader:
             return DenseDelta(changed)
 
         self.makers[name] = make
+
+    def _check_copy(self, name: str, key: str, fit: Fit) -> None:
+        copy, own = self.file.get(key), fit.weight(name)
+        if copy.shape != own.shape or not (
+            torch.equal(copy, own.to(copy.dtype)) or torch.equal(copy.to(own.dtype), own)
+        ):
+            raise IncompatibleError(
+                "the adapter carries a copy of its base's weight, and the given base has another",
+                tensor=key,
+                values={"adapter": tuple(copy.shape), "base": tuple(own.shape)},
+                file=self.file.path,
+                remedy="Give the base that the adapter was trained on.",
+            )
 
     def _may_be_conv1d(self, name: str) -> bool:
         """``fan_in_fan_out`` is one flag for a whole adapter; a linear head among Conv1D modules is not transposed."""

@@ -27,7 +27,8 @@ from devec.io.disk import write_file
 from devec.io.folder import OutputFolder
 from devec.io.model_folder import WrittenModel
 from devec.io.records import TensorRecord, dump_json, write_records
-from devec.io.writer import cast, save_file
+from devec.io.rounding import cast
+from devec.io.writer import save_file
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

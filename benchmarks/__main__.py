@@ -1,0 +1,54 @@
+"""``python -m benchmarks``: the literal recipe against devec, in one run."""
+
+from __future__ import annotations
+
+import click
+from rich.console import Console
+
+from benchmarks import report
+from benchmarks.clock import threads as on_threads
+from benchmarks.family import family_seconds
+from benchmarks.machine import in_words, machine
+from benchmarks.rows import Row, dense_rows, low_rank_rows
+from benchmarks.scaling import gpu_timings, thread_timings
+
+SIZES = (768, 1024, 2048, 4096)
+RANKS = (64, 16, 256)
+"""64 first: at the largest size the literal recipe runs at this rank and lends its time to the others."""
+
+
+@click.command()
+@click.option("--sizes", default=",".join(map(str, SIZES)), show_default=True, help="Sides of the square matrices.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads, for both sides.")
+@click.option("--write", is_flag=True, help="Write the tables into benchmarks/RESULTS.md.")
+def main(sizes: str, threads: int, write: bool) -> None:
+    """Time the literal recipe against devec; JSON goes to benchmarks/out/bench.json."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    facts = machine()
+    console.print(in_words(facts), style="dim")
+    rows: list[Row] = []
+    with console.status("timing") as status:
+        with on_threads(threads):
+            for n in map(int, sizes.split(",")):
+                for case, source in (("low-rank", low_rank_rows(n, RANKS)), ("dense", dense_rows(n))):
+                    status.update(f"{case}, n = {n}")
+                    rows.extend(source)
+            status.update("a family of adapters")
+            family = family_seconds()
+        status.update("threads and devices")
+        timings = thread_timings(2048) + gpu_timings((2048, 4096), threads)
+    figures = report.Figures(facts, threads, rows, timings, family)
+    report.print_figures(console, figures)
+    out = report.HERE / "out"
+    out.mkdir(exist_ok=True)
+    (out / "bench.json").write_text(report.as_json(figures))
+    if write:
+        report.write_results(report.markdown(figures))
+    missed = sum(row.verdict in ("short", "missed") for row in rows)
+    console.print(f"{missed} of {len(rows)} rows fall short" if missed else "every required minimum is met")
+
+
+if __name__ == "__main__":
+    main()
