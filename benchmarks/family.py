@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.clock import once
+from benchmarks.clock import Seconds, once
 from devec.core.decomposition import Decomposition
 from devec.core.delta import Delta, LowRankDelta
 from devec.core.layout import Layout
@@ -36,18 +36,19 @@ def family_seconds(
     again at another threshold), and to read every unique part, once each as a command would."""
     pool = adapters(count, tensors, rank, wide, narrow)
     factoring = Factoring()
-    seconds: dict[str, float] = {}
-    seconds["factor"], factors = once(lambda: {block.name: shared_unique(block, factoring) for block in pool.blocks()})
+    spent: dict[str, Seconds] = {}
+    spent["factor"], factors = once(lambda: {block.name: shared_unique(block, factoring) for block in pool.blocks()})
     decomposition = Decomposition(pool, factoring, factors)
-    seconds["overlap"], _ = once(lambda: decomposition.algebra)
-    seconds["decide, cold"], spectra = once(lambda: decomposition.spectra)
+    spent["overlap"], _ = once(lambda: decomposition.algebra)
+    spent["decide, cold"], spectra = once(lambda: decomposition.spectra)
     assert len(spectra) == tensors * count * (count - 1) // 2
-    seconds["decide, warm"], _ = once(lambda: decomposition.with_view(threshold=0.5).spectra)
+    spent["decide, warm"], _ = once(lambda: decomposition.with_view(threshold=0.5).spectra)
 
     def parts() -> int:
         return sum(1 for name in pool.names for delta in decomposition.unique(name).deltas.values() if delta.shape)
 
-    seconds["unique parts"], made = once(parts)
+    spent["unique parts"], made = once(parts)
     assert made == count * tensors
+    seconds = {stage: s.wall for stage, s in spent.items()}
     seconds["total"] = sum(seconds.values())
     return seconds

@@ -23,7 +23,8 @@ class PlantedPair:
 
 
 def _orthonormal(n: int, k: int, gen: torch.Generator) -> Tensor:
-    return torch.linalg.qr(torch.randn(n, k, generator=gen, dtype=torch.float64)).Q
+    Q: Tensor = torch.linalg.qr(torch.randn(n, k, generator=gen, dtype=torch.float64)).Q
+    return Q
 
 
 def _column_spaces(n: int, r: int, degrees: Tensor, gen: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,10 @@ from benchmarks.scaling import Timing
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 
-COLUMNS = ("case", "n", "rank", "parts as", "literal", "devec", "ratio", "at least", "", "found")
-COLUMNS += ("Δλ literal", "Δλ exact", "Δ parts")
+COLUMNS = (
+    *("case", "n", "rank", "parts as", "literal", "devec", "ratio", "cpu ratio", "at least", "", "found"),
+    *("Δλ literal", "Δλ exact", "Δ parts"),
+)
 STAGES = ("case", "n", "rank", "parts as", "factor", "overlap", "apply")
 TIMINGS = ("case", "n", "where", "pair", "factor", "overlap", "apply", "Δλ")
 FAMILY = ("9 adapters x 48 tensors, r = 8", "seconds")
@@ -60,9 +62,10 @@ def cells(row: Row) -> tuple[str, ...]:
         str(row.n),
         _rank(row),
         row.output,
-        ("~" if row.literal_reused else "") + duration(row.literal_s),
-        duration(row.devec_s),
+        ("~" if row.literal_reused else "") + duration(row.literal.wall),
+        duration(row.devec.wall),
         f"{row.ratio:.0f}x",
+        f"{row.cpu_ratio:.0f}x",
         f"{row.required:.0f}x" if row.required else "",
         row.verdict,
         found,
@@ -75,7 +78,7 @@ def cells(row: Row) -> tuple[str, ...]:
 def _print_rows(console: Console, rows: list[Row], threads: int) -> None:
     title = f"literal recipe against devec, one pair, float32, {in_threads(threads)}"
     table = Table(*COLUMNS, title=title, box=box.SIMPLE_HEAD)
-    for column in table.columns[4:8] + table.columns[9:]:
+    for column in table.columns[4:9] + table.columns[10:]:
         column.justify = "right"
     for i, row in enumerate(rows):
         style = {"PASS": "green", "short": "red", "missed": "red"}.get(row.verdict)
@@ -118,9 +121,11 @@ def _print_table(console: Console, title: str, header: tuple[str, ...], lines: l
 
 
 def as_json(figures: Figures) -> str:
-    main = [{**asdict(r), "ratio": r.ratio, "required": r.required, "verdict": r.verdict} for r in figures.rows]
-    for entry in main:
-        entry.update({k: None for k, v in entry.items() if isinstance(v, float) and isnan(v)})
+    main = []
+    for row in figures.rows:
+        entry = asdict(row) | {"devec": row.devec._asdict(), "literal": row.literal._asdict()}
+        entry |= {name: getattr(row, name) for name in ("ratio", "cpu_ratio", "required", "verdict")}
+        main.append({k: None if isinstance(v, float) and isnan(v) else v for k, v in entry.items()})
     document = {
         "machine": figures.machine,
         "threads": figures.threads,

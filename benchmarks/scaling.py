@@ -53,7 +53,7 @@ def _compare(case: str, n: int, places: list[tuple[str, int, str]]) -> list[Timi
             seconds, result = typical(call)
         reference = reference or result
         difference = float((result.eigenvalues.cpu() - reference.eigenvalues.cpu()).abs().max())
-        timings.append(Timing(case, n, label, seconds, result.seconds, difference))
+        timings.append(Timing(case, n, label, seconds.wall, result.seconds, difference))
     return timings
 
 

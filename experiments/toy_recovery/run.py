@@ -23,7 +23,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from devec.linalg.chance import edge
 from devec.linalg.lowrank import svd_of_dense
 from devec.linalg.numerics import generator
 from devec.linalg.subspace import PairBasis, assemble, overlaps, pair_coefficients, pair_spectrum, principal_angles
@@ -49,7 +48,7 @@ def toy_pair(
     return W[0].to(dtype), W[1].to(dtype), S
 
 
-# --- figure 8(a): eigenvalues without noise ----------------------------------------------------------------------------
+# --- figure 8(a): eigenvalues without noise --------------------------------------------------------------------------
 
 
 def clusters(config: Config, n: int, m: int, run: int) -> dict[str, Any]:
@@ -64,7 +63,7 @@ def clusters(config: Config, n: int, m: int, run: int) -> dict[str, Any]:
     }
 
 
-# --- figure 8(b): angle to the truth against noise ---------------------------------------------------------------------
+# --- figure 8(b): angle to the truth against noise -------------------------------------------------------------------
 
 
 def noise(config: Config, n: int, m: int, mixed: bool, run: int) -> list[dict[str, Any]]:
@@ -102,7 +101,7 @@ def recovery(Z: Tensor, truth: Tensor) -> dict[str, float | None]:
     }
 
 
-# --- figure 7: projection (SVD) against principal vectors (QR) ---------------------------------------------------------
+# --- figure 7: projection (SVD) against principal vectors (QR) -------------------------------------------------------
 
 
 def angles(config: Config, sigma: float, run: int) -> dict[str, Any]:
@@ -145,7 +144,7 @@ def in_degrees(x: Tensor) -> list[float]:
     return [float(v) for v in torch.rad2deg(x.double())]
 
 
-# --- all of it ---------------------------------------------------------------------------------------------------------
+# --- all of it -------------------------------------------------------------------------------------------------------
 
 
 def jobs(config: Config) -> Iterable[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
@@ -177,12 +176,6 @@ def run_all(config: Config, workers: int = 1, say: Callable[[str], None] = lambd
     return results
 
 
-def private_edge(config: Config, n: int, m: int) -> float:
-    """Where chance alone puts the largest eigenvalue of the private columns, in the complement of the shared ones."""
-    q = config["shared"]
-    return edge(m - q, m - q, n - q)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, help="instead of the number in the configuration")
@@ -190,8 +183,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=HERE / "config.yaml")
     parser.add_argument("--update", action="store_true", help="also write RESULTS.md and its pictures")
     options = parser.parse_args()
-    sys.path.insert(0, str(HERE))
-    import toy_figures
+    import toy_figures  # here and not above: workers need no matplotlib
     import toy_tables
 
     config = yaml.safe_load(options.config.read_text())

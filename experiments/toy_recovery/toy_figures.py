@@ -22,7 +22,7 @@ def draw(config: Config, results: dict[str, list[Any]], summary: dict[str, Any],
         ("fig8b", recovery(config, summary)),
         ("fig7", angles(config, results)),
     ):
-        figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
+        figure.savefig(folder / f"{name}.png", dpi=100, metadata={"Software": None})
         plt.close(figure)
 
 
@@ -40,18 +40,19 @@ def eigenvalues(config: Config, results: dict[str, list[Any]], summary: dict[str
         ax.bar(bins[:-1], height, width=0.02, align="edge", color=np.where(above, BLUE, "#b9c4cf"))
         ax.axvline(config["tau"], color=RED, lw=1)
         ax.axvline(s["private_edge"], color=GREY, lw=1, ls="--")
-        two = s["private_edge"] < config["tau"]
-        ax.set_title(
-            f"n = {name.split()[1].replace('x', ', m = ')}: {s['above_tau']:.0f} above the threshold"
-            + ("" if two else ", no gap"),
-            fontsize=9,
-        )
+        by_chance = s["above_tau"] - s["at_one"]
+        above_tau = f"{s['above_tau']:.0f} above the threshold"
+        above_tau += f", {by_chance:.0f} of them by chance" if by_chance >= 0.5 else ""
+        ax.set_title(f"n = {name.split()[1].replace('x', ', m = ')}\n{above_tau}", fontsize=9)
     axes[0, 0].plot([], [], color=RED, lw=1, label=f"threshold {config['tau']}")
-    axes[0, 0].plot([], [], color=GREY, lw=1, ls="--", label="chance edge of\nthe private columns")
-    axes[0, 0].legend(frameon=False, fontsize=8, loc="upper center")
+    axes[0, 0].plot([], [], color=GREY, lw=1, ls="--", label="chance edge of the private columns")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8
+    )
     axes[0, 0].set_yscale("symlog", linthresh=1)
     axes[0, 0].set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
-    figure.supxlabel(r"eigenvalue of $P_1P_2$ (squared cosine)", fontsize=9)
+    for ax in axes[-1]:
+        ax.set_xlabel(r"eigenvalue of $P_1P_2$ (squared cosine)")
     figure.supylabel("eigenvalues per run and bin (log scale)", fontsize=9)
     return figure
 
@@ -78,9 +79,7 @@ def recovery(config: Config, summary: dict[str, Any]) -> plt.Figure:
             rows = [v[rule] for v in summary[name].values()]
             y = [np.nan if r["angle"] is None else r["angle"] for r in rows]
             angle.plot(sigmas, y, color=colour, ls=line, marker=marker, ms=3.5, lw=1.4, label=label)
-            recall.plot(
-                sigmas, [100 * r["recall"] for r in rows], color=colour, ls=line, marker=marker, ms=3.5, lw=1.4
-            )
+            recall.plot(sigmas, [100 * r["recall"] for r in rows], color=colour, ls=line, marker=marker, ms=3.5, lw=1.4)
         title = "n = " + size.replace("x", ", m = ")
         angle.set_title(title + ("\ncolumns mixed" if kind == "mixed" else ""), fontsize=9)
         recall.set_xlabel("noise sigma")
@@ -95,34 +94,45 @@ def recovery(config: Config, summary: dict[str, Any]) -> plt.Figure:
 
 
 def angles(config: Config, results: dict[str, list[Any]]) -> plt.Figure:
+    """One line per comparison: all angles thin, the middle nine tenths thick, the median a dot."""
     names = [name for name in results if name.startswith("angles")]
-    figure, axes = plt.subplots(len(names), 1, figsize=(8, 5.4), sharex=True, layout="constrained", squeeze=False)
-    series = {
-        "same/float64": (BLUE, "-", "same subspace, float64"),
-        "same/float32": (BLUE, "--", "same subspace, float32"),
-        "acos/float64": (GREEN, "-", "acos read-out, float64"),
-        "acos/float32": (GREEN, "--", "acos read-out, float32"),
-        "literal/float64": (RED, "-", "literal eig vectors, float64"),
-        "other/float64": (ORANGE, "-", r"$Z$ against $G$ in range($W_2$)"),
-    }
-    # Exact zeros (acos of a cosine rounded to 1) stand in the lowest bin.
-    low = 1e-15
-    bins = np.logspace(np.log10(low), 2, 103)
-    for ax, name in zip(axes[:, 0], names, strict=True):
-        for key, (colour, line, label) in series.items():
-            values = np.concatenate([r[key] for r in results[name]])
-            weights = np.full(values.size, 100 / values.size)
-            ax.hist(
-                np.clip(values, low, 99), bins, weights=weights, histtype="step", color=colour, ls=line, lw=1.4,
-                label=label,
-            )  # fmt: skip
-        ax.axvline(6, color=GREY, lw=1, ls=":")
-        ax.text(7, ax.get_ylim()[1] * 0.97, "6°", color=GREY, va="top", fontsize=8)
-        ax.set_xscale("log")
-        ax.set_title(f"sigma = {name.split()[1]}", fontsize=9, loc="left")
-        ax.set_ylabel("% of angles per bin")
-    axes[-1, 0].set_xlabel("principal angle between the two shared subspaces (degrees, log scale; zeros at the left)")
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(9, 3.8), sharex=True, sharey=True, layout="constrained", squeeze=False
     )
+    rows = {
+        "same": ("projection against QR vectors,\nboth in range($W_1$)", BLUE),
+        "acos": ("the same, read as acos\nof the cosines", GREEN),
+        "literal": ("eig vectors as returned,\nread as acos", RED),
+        "other": ("$Z$ in range($W_1$) against\n$G$ in range($W_2$)", ORANGE),
+    }
+    zero = 1e-15  # exact zeros, acos of a cosine that was rounded to 1, stand here
+    for ax, name in zip(axes[0], names, strict=True):
+        for i, (key, (_, colour)) in enumerate(rows.items()):
+            for dtype, shift, face in (("float32", -0.17, "white"), ("float64", 0.17, colour)):
+                values = np.maximum(np.concatenate([r[f"{key}/{dtype}"] for r in results[name]]), zero)
+                low, p5, middle, p95, high = np.quantile(values, [0, 0.05, 0.5, 0.95, 1])
+                ax.plot([low, high], [i + shift] * 2, color=colour, lw=1)
+                ax.plot([p5, p95], [i + shift] * 2, color=colour, lw=4, alpha=0.5, solid_capstyle="butt")
+                ax.plot(middle, i + shift, "o", ms=5, mfc=face, mec=colour, zorder=3)
+        ax.axvline(6, color=GREY, lw=1, ls=":")
+        ax.set_xscale("log")
+        ax.set_xlim(zero / 2, 300)
+        ticks = [zero, 1e-12, 1e-9, 1e-6, 1e-3, 1]
+        ax.set_xticks(ticks, ["0", "$10^{-12}$", "$10^{-9}$", "$10^{-6}$", "$10^{-3}$", "1"])
+        ax.minorticks_off()
+        ax.set_title("without noise" if name.endswith(" 0") else f"sigma = {name.split()[1]}", fontsize=9)
+        ax.annotate("6°", (6, 1), xycoords=("data", "axes fraction"), xytext=(2, -9), textcoords="offset points",
+                    color=GREY, fontsize=8)  # fmt: skip
+    axes[0, 0].set_yticks(range(len(rows)), [label for label, _ in rows.values()])
+    axes[0, 0].invert_yaxis()
+    for ax in axes[0]:
+        ax.set_xlabel("principal angle (degrees, log scale)")
+    handles = [
+        plt.Line2D([], [], marker="o", ls="", mfc="white", mec=GREY, label="float32, median"),
+        plt.Line2D([], [], marker="o", ls="", mfc=GREY, mec=GREY, label="float64, median"),
+        plt.Line2D([], [], color=GREY, lw=4, alpha=0.5, label="5 to 95 % of angles"),
+        plt.Line2D([], [], color=GREY, lw=1, label="all angles"),
+        plt.Line2D([], [], color=GREY, lw=1, ls=":", label="bound named in the paper"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     return figure

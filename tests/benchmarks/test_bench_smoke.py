@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import report  # noqa: E402
+from benchmarks.clock import Seconds  # noqa: E402
 from benchmarks.family import family_seconds  # noqa: E402
 from benchmarks.literal import literal_pair  # noqa: E402
 from benchmarks.machine import in_words, machine  # noqa: E402
@@ -22,6 +22,8 @@ from benchmarks.pair import devec_pair, exact_eigenvalues  # noqa: E402
 from benchmarks.planted import dense_pair, low_rank_pair  # noqa: E402
 from benchmarks.rows import Row, deltas, difference_of_parts, low_rank_rows  # noqa: E402
 from benchmarks.scaling import Timing, thread_timings  # noqa: E402
+
+from benchmarks import report  # noqa: E402
 
 
 def test_the_literal_side_imports_torch_alone() -> None:
@@ -63,11 +65,11 @@ def test_rows_say_what_was_found_and_a_miss_is_no_pass() -> None:
     ]
     assert set(rows[0].stages) == {"factor", "overlap", "apply"}
     figures = {"case": "dense", "output": "matrices", "n": 2048, "rank": 64, "rule": "64", "literal_reused": False}
-    figures |= {"devec_s": 1.0, "literal_error": 0.0, "exact_error": 0.0, "parts": 0.0, "planted": 16}
-    assert Row(**figures, literal_s=20.0, found=16, surplus=0).verdict == "PASS"
-    assert Row(**figures, literal_s=19.9, found=16, surplus=0).verdict == "short"
-    assert Row(**figures, literal_s=99.0, found=15, surplus=0).verdict == "missed"
-    assert Row(**figures, literal_s=99.0, found=16, surplus=1).verdict == "missed"
+    figures |= {"devec": Seconds(1.0, 1.0), "literal_error": 0.0, "exact_error": 0.0, "parts": 0.0, "planted": 16}
+    assert Row(**figures, literal=Seconds(20.0, 1.0), found=16, surplus=0).verdict == "PASS"
+    assert Row(**figures, literal=Seconds(19.9, 99.0), found=16, surplus=0).verdict == "short"
+    assert Row(**figures, literal=Seconds(99.0, 99.0), found=15, surplus=0).verdict == "missed"
+    assert Row(**figures, literal=Seconds(99.0, 99.0), found=16, surplus=1).verdict == "missed"
 
 
 def test_results_are_written_between_the_markers(tmp_path: Path) -> None:
@@ -76,10 +78,10 @@ def test_results_are_written_between_the_markers(tmp_path: Path) -> None:
     figures = report.Figures(machine(), 1, rows, timings, family_seconds(2, 3, 2, 24, 16))
     assert isinstance(timings[0], Timing) and timings[0].difference == 0.0
     path = tmp_path / "RESULTS.md"
-    path.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    path.write_text(f"above\n{report.BEGIN}\nstale figures\n{report.END}\nbelow\n")
     report.write_results(report.markdown(figures), path)
     text = path.read_text()
-    assert text.startswith("above\n") and text.endswith("below\n") and "old" not in text
+    assert text.startswith("above\n") and text.endswith("below\n") and "stale" not in text
     assert in_words(figures.machine) in text and text.count("| low-rank | 64 | 8 |") == 4
     document = json.loads(report.as_json(figures))
     assert document["rows"][0]["exact_error"] is None and document["rows"][0]["found"] == 2

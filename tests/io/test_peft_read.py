@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -410,3 +411,18 @@ def test_a_base_with_another_prefix_is_matched(tmp_path: Path) -> None:
     assert vector.names()[0].startswith("transformer.h.0.")
     # this base has no config.json to say that c_proj is stored transposed; the adapter's flag does
     assert all(vector.layouts[n].transposed for n in vector.names())
+
+
+def test_the_data_pack() -> None:
+    root = os.environ.get("DEVEC_DATA")
+    if root is None:
+        pytest.skip("DEVEC_DATA does not point to the data pack")
+    folders = [p for p in Path(root).glob("adapters/*/*") if (p / "adapter_config.json").is_file()]
+    assert len(folders) == 18
+    for folder in folders:
+        vector = read_adapter(folder)
+        assert vector.is_low_rank() and vector.name == folder.name and vector.origin.base_name
+        stored_transposed = "gpt2" in folder.parent.name + folder.name
+        assert all(vector.layouts[n].transposed == stored_transposed for n in vector.names())
+    named = [[n for n in read_adapter(f).names() if "c_attn" in n] for f in folders if f.parent.name == "gpt2"]
+    assert len(named) == 9 and all(set(names) == set(named[0]) for names in named)

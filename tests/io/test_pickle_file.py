@@ -58,7 +58,8 @@ def network() -> nn.Module:
 def test_every_kind_of_view_and_dtype(legacy: bool, tmp_path: Path) -> None:
     a = torch.randn(6, 4)
     tensors = {
-        "plain": a, "transposed": a.T, "rows": a[1:3], "column": a[:, 2], "step": a[::2, 1::2], "expanded": a[0].expand(3, 4),
+        "plain": a, "transposed": a.T, "rows": a[1:3], "column": a[:, 2], "step": a[::2, 1::2],
+        "expanded": a[0].expand(3, 4),
         "parameter": nn.Parameter(a + 1), "scalar": torch.tensor(3), "empty": torch.empty(0, 3), "bool": a > 0,
         "half": a.half(), "bf16": a.bfloat16(), "double": a.double(), "int8": (a * 9).to(torch.int8),
         "uint8": (a.abs() * 9).to(torch.uint8), "int16": (a * 9).to(torch.int16), "int32": (a * 9).to(torch.int32),
@@ -104,7 +105,7 @@ def test_several_sets_of_weights_are_not_guessed_at(tmp_path: Path) -> None:
     for value in ({"model": one, "ema": two}, {"generator": one, "discriminator": two}):
         with pytest.raises(InputError, match="not clear which.*" + ", ".join(value)):
             PickleFile(save(value, tmp_path / "x.pt"))
-    with pytest.raises(InputError, match="both at the top and in a nested part.*sub"):
+    with pytest.raises(InputError, match=r"both at the top and in a nested part.*sub"):
         PickleFile(save({"w": torch.ones(2), "sub": one}, tmp_path / "x.pt"))
     with pytest.raises(InputError, match="not text"):
         PickleFile(save({1: torch.ones(2)}, tmp_path / "x.pt"))
@@ -143,7 +144,6 @@ def vanished() -> Iterator[types.ModuleType]:
             super().__init__()
             self.convolution = nn.Conv2d(2, 3, 1)
             self.register_buffer("anchors", torch.arange(4.0))
-            self.activation = functools.lru_cache  # overwritten below
             self.activation = nn.SiLU()
             self.names = {0: "duck"}
 
@@ -192,7 +192,7 @@ def canary(_: str) -> None:
         (builtins.eval, "open('ran', 'w')", r"builtins\.eval"),
         (builtins.exec, "open('ran', 'w')", r"builtins\.exec"),
         (builtins.getattr, "x", r"builtins\.getattr"),
-        (subprocess.Popen, "touch ran", r"subprocess\.Popen"),
+        (subprocess.Popen, "touch ran", r"(subprocess|commands)\.Popen"),
         (torch.load, "x", r"torch\.serialization\.load"),
         (functools.partial, print, r"functools\.partial|builtins\.print"),
         (torch.hub.load, "x", r"torch\.hub\.load"),
@@ -241,7 +241,7 @@ def test_a_stub_only_records() -> None:
     assert value.args == (1,) and value.state == {"__class__": 2, "__setstate__": 3}
     made = run(b"\x80\x02cmodels.common\nConv\nI1\n\x85\x81.")
     assert isinstance(made, Inert) and str(made.source) == "models.common.Conv"
-    dotted = run(b"\x80\x04\x8c\x08torch.nn\x8c\x19Module.forward.__globals__\x93)R.")
+    dotted = run(b"\x80\x04\x8c\x08torch.nn\x8c\x1aModule.forward.__globals__\x93)R.")
     assert isinstance(dotted, Inert)
 
 
@@ -296,6 +296,7 @@ def rebuild(storage: bytes, offset: int, shape: bytes, stride: bytes) -> bytes:
     [
         (rebuild(b"I4\n", 0, b"I4\n", b"I1\n"), None),
         (rebuild(b"I4\n", 1, b"I4\n", b"I1\n"), "beyond its storage"),
+        (rebuild(b"I4\n", 0, b"I1099511627776\n", b"I0\n"), "too often"),
         (rebuild(b"I4\n", 0, b"I2\nI2\n", b"I3\nI1\n"), "beyond its storage"),
         (rebuild(b"I4\n", 0, b"I4\n", b"I-1\n"), "shape or stride"),
         (rebuild(b"I4\n", -1, b"I4\n", b"I1\n"), "without a storage"),

@@ -10,9 +10,8 @@ import torch
 
 from devec.api.edit import Edited
 from devec.api.output import Saving, edited, heads_from, save_model
-from devec.api.references import load_vector, open_model
+from devec.api.references import ViewLike, load_vector, open_model
 from devec.core.errors import UsageError
-from devec.core.options import View
 from devec.core.vectors import TaskVector
 from devec.io.model_folder import WrittenModel
 from devec.io.names import Selection
@@ -25,7 +24,7 @@ def apply(
     terms: Sequence[Weighted] | TaskVector,
     out: str | Path | None = None,
     *,
-    view: View | None = None,
+    view: ViewLike = None,
     selection: Selection | None = None,
     heads: str | None = None,
     saving: Saving | None = None,

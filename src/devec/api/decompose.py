@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from devec.api.references import load_pool
+from devec.api.references import load_pool, open_model, parse
 from devec.core.decomposition import Decomposition
 from devec.core.errors import IncompatibleError, UsageError
 from devec.core.options import Factoring, View
@@ -19,6 +21,8 @@ from devec.core.summary import as_dict
 from devec.core.vectors import Pool, TaskVector
 from devec.engine.threads import Progress, ordered_map, silent
 from devec.io import artifact
+from devec.io.checkpoint import open_checkpoint
+from devec.io.disk import sha256_of
 from devec.io.folder import OutputFolder
 from devec.io.names import Selection, qkv_split
 from devec.io.records import installed_versions, write_records
@@ -64,7 +68,7 @@ def decompose(
         )
     splits = find_splits(pool, base) if factoring.split_qkv else {}
     if splits:
-        pool = Pool(tuple(split_rows(v, splits) for v in pool))
+        pool = Pool(tuple(_split(v, splits) for v in pool))
     if factoring.target is not None:
         pool[factoring.target]  # a misspelt target is an error before anything is computed
     return Decomposition(
@@ -77,10 +81,16 @@ def decompose(
     )
 
 
+def _split(vector: TaskVector, splits: Mapping[str, RowSplit]) -> TaskVector:
+    """Fused rows apart; a vector that files hold still knows them."""
+    apart, whole = split_rows(vector, splits), vector.deltas
+    if not isinstance(whole, artifact.SourcedMap):
+        return apart
+    return replace(apart, deltas=artifact.SourcedMap(list(apart.deltas), apart.deltas.__getitem__, whole.source))
+
+
 def choose(choices: Mapping[str, Any]) -> tuple[Factoring, View]:
     """Sort choices into what is fixed and what is read-time; ``paper`` presets both, explicit choices win."""
-    from difflib import get_close_matches
-
     for key in choices:
         if key not in FACTORING_FIELDS | VIEW_FIELDS:
             near = get_close_matches(key, FACTORING_FIELDS | VIEW_FIELDS, n=1)
@@ -125,8 +135,6 @@ def factorise(
 
 def find_splits(pool: Pool, base: Any) -> dict[str, RowSplit]:
     """Fused query/key/value tensors of the pool and where their rows part."""
-    from devec.api.references import open_model
-
     config = getattr(open_model(base), "config", None) if base is not None else None
     splits: dict[str, RowSplit] = {}
     for n in pool.tensors():
@@ -142,12 +150,26 @@ def find_splits(pool: Pool, base: Any) -> dict[str, RowSplit]:
 
 
 def save_decomposition(
-    d: Decomposition, out: str | Path, *, overwrite: bool = False, findings: Sequence[Finding] | None = None
+    d: Decomposition,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    findings: Sequence[Finding] | None = None,
+    inputs: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
-    """Write the artifact folder, whole or not at all; returns the summary that ``spectra.json`` holds."""
+    """Write the artifact folder, whole or not at all; returns the summary that ``spectra.json`` holds.
+
+    ``inputs`` are further paths (the base) that ``out`` may not replace or lie in.
+    """
+    if Path(out).suffix == ".safetensors":
+        raise UsageError("a decomposition is a folder, not one file", file=out, remedy="Give -o a folder's name.")
     summary = as_dict(d, findings)
-    sources = {v.name: s for v in d.pool if (s := _source_of(v)) is not None}
-    kept = [Path(v.origin.file) for v in d.pool if v.origin.file and Path(v.origin.file).exists()]
+    sources = {
+        v.name: source
+        for v in d.pool
+        if isinstance(v.deltas, artifact.SourcedMap) and (source := v.deltas.source()) is not None
+    }
+    kept = [*(p for v in d.pool for p in source_paths(v)), *(Path(p) for p in inputs if Path(p).exists())]
     provenance = Provenance(
         command="decompose",
         parameters={"factoring": vars(d.factoring), "view": vars(d.view)},
@@ -162,36 +184,28 @@ def save_decomposition(
     return summary
 
 
-def _source_of(v: TaskVector) -> artifact.Source | None:
-    """How to find a dense checkpoint again; ``None`` embeds the deltas (adapters, vectors made in memory)."""
-    from devec.io.checkpoint import open_checkpoint
-
-    model, base = v.origin.file, v.origin.base_name
-    plain = v.origin.dialect == "checkpoint" and model is not None and base is not None
-    if not plain or not Path(str(model)).exists() or not Path(str(base)).exists():
-        return None
-    return artifact.Source(
-        model=str(Path(str(model)).absolute()),
-        model_sha256=open_checkpoint(Path(str(model))).fingerprint(),
-        base=str(Path(str(base)).absolute()),
-        base_sha256=str(v.origin.base_fingerprint),
-    )
-
-
 def input_record(v: TaskVector) -> InputRecord:
     """A vector as an input in recipe, lock and card, with the hash of what was read."""
-    from devec.io.checkpoint import open_checkpoint
-    from devec.io.disk import sha256_of
-
+    reference = v.origin.reference if v.origin.reference != "memory" else v.name
+    named = source_paths(v)
+    if named and named[0].is_dir() and artifact.artifact_kind(named[0]):
+        hashes = {n: sha256_of(named[0] / n) for n in artifact.FILES if (named[0] / n).is_file()}
+        return InputRecord(reference, str(named[0]), hashes, "artifact")
     path = Path(v.origin.file) if v.origin.file else None
     digest: str | None = None
     if path is not None and path.is_file():
         digest = sha256_of(path)
     elif path is not None and path.is_dir() and v.origin.dialect == "checkpoint":
         digest = open_checkpoint(path).fingerprint()
-    return InputRecord(
-        reference=v.origin.reference if v.origin.reference != "memory" else v.name,
-        path=None if path is None else str(path),
-        sha256=digest,
-        kind=v.origin.dialect,
-    )
+    return InputRecord(reference, None if path is None else str(path), digest, v.origin.dialect)
+
+
+def source_paths(v: TaskVector) -> list[Path]:
+    """The files and folders that a vector was read from, as the user named them; an output may not change them."""
+    found = [Path(v.origin.file)] if v.origin.file else []
+    if v.origin.reference != "memory":
+        reference = parse(v.origin.reference)
+        found = [Path(reference.path), *([Path(reference.base)] if reference.base else []), *found]
+    if v.origin.dialect == "checkpoint" and v.origin.base_name:
+        found.append(Path(v.origin.base_name))
+    return [path for path in found if path.exists()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from devec.api.extract import layout_of
 from devec.core.contracts import TensorInfo, TensorSource
-from devec.core.errors import IncompatibleError
+from devec.core.errors import IncompatibleError, InputError
 from devec.core.layout import Layout
 from devec.core.vectors import TaskVector
+from devec.io.checkpoint import checkpoint_from_state_dict
 from devec.io.names import resolve_names
 
 Term = tuple[float, TaskVector]
@@ -21,7 +24,7 @@ Term = tuple[float, TaskVector]
 class Edited:
     """``W = W_0 + sum_t c_t Delta_t``, tensor by tensor, on request. A ``TensorSource`` like any checkpoint.
 
-    Sums are taken in ``dtype`` (float32 or wider) and cast last: to ``out_dtype``, or to the dtype of the base's tensor.
+    Sums are taken in ``dtype`` (float32 or wider) and cast last: to ``out_dtype``, or to the dtype that the base has.
     """
 
     def __init__(
@@ -34,15 +37,16 @@ class Edited:
         heads: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.base, self.dtype, self.out_dtype = base, dtype, out_dtype
-        self.terms: dict[str, list[tuple[float, TaskVector, str]]] = {}
+        self.terms: dict[str, list[tuple[float, TaskVector, str, Layout]]] = {}
         available = list(base.names()) + list(base.ties)
         for coefficient, vector in terms:
             _check_base(base, vector)
             for own, there in resolve_names(vector.deltas, available).items():
                 name = base.ties.get(there, there)
-                _check_shape(base, vector, own, name)
-                self.terms.setdefault(name, []).append((coefficient, vector, own))
+                layout = _stored_layout(base, vector, own, name)
+                self.terms.setdefault(name, []).append((coefficient, vector, own, layout))
         self.heads = dict(heads or {})
+        self._fingerprint: str | None = None
 
     @property
     def reference(self) -> str:
@@ -67,8 +71,6 @@ class Edited:
         return self.base.file_of(name)
 
     def layout(self, name: str) -> Layout:
-        from devec.api.extract import layout_of
-
         return layout_of(self.base, name)
 
     def info(self, name: str) -> TensorInfo:
@@ -88,16 +90,42 @@ class Edited:
             return self.heads[name].to(target)
         if name not in self.terms:
             return value.to(target)
-        total = value.to(self.dtype)
-        for coefficient, vector, own in self.terms[name]:
-            delta = vector.deltas[own].to(self.dtype)
-            total = total + coefficient * vector.layouts[own].to_stored(delta.dense())
+        total = value.to(torch.promote_types(self.dtype, value.dtype))
+        for coefficient, vector, own, layout in self.terms[name]:
+            delta = vector.deltas[own]
+            wide = torch.promote_types(total.dtype, delta.dtype)
+            total = total.to(wide) + coefficient * layout.to_stored(delta.to(wide).dense())
         return total.to(target)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over what it holds, tensor by tensor, so that vectors taken against it are known again."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for name in sorted(self.names()):
+                one = checkpoint_from_state_dict({name: self.get(name)})
+                digest.update(one.fingerprint().encode())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def blame(self, name: str) -> None:
+        """After ``get(name)`` was not finite: raise InputError for the input that is not, if one is."""
+        _check_finite(self.base.get(name), name, self.base.file_of(name), "the base")
+        for _, vector, own, _ in self.terms.get(name, []):
+            _check_finite(vector.deltas[own].dense(), own, vector.origin.file, vector.name)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor in memory, tied names included."""
         out = {n: self.get(n) for n in self.names()}
         return {**out, **{alias: out[name] for alias, name in self.ties.items()}}
+
+
+def _check_finite(value: Tensor, name: str, file: str | None, what: str) -> None:
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise InputError(
+            f"NaN or infinity in {what}", tensor=name,
+            values={"bad entries": f"{int((~torch.isfinite(value)).sum())} of {value.numel()}"}, file=file,
+            remedy="Repair the file, or use another one.",
+        )
 
 
 def edit(base: TensorSource, terms: Sequence[Term], **options: Any) -> Edited:
@@ -119,15 +147,24 @@ def _check_base(base: TensorSource, vector: TaskVector) -> None:
         )
 
 
-def _check_shape(base: TensorSource, vector: TaskVector, own: str, name: str) -> None:
-    stored = tuple(base.info(name).shape)
-    layout = vector.layouts[own]
-    if stored == layout.shape:
-        return
+def _stored_layout(base: TensorSource, vector: TaskVector, own: str, name: str) -> Layout:
+    """How the vector's matrix lies in the base's tensor.
+
+    A difference of checkpoints knows. An adapter's matrix is ``out x in`` for certain, and how its module is stored
+    only a guess unless it was read with a base; a base that has a configuration knows better.
+    """
+    there, guess = layout_of(base, name), vector.layouts[own]
+    known = there.transposed or getattr(base, "config", None) is not None
+    if vector.partial and known and there.matrix_shape == guess.matrix_shape:
+        return there
+    if there.shape == guess.shape:
+        return guess
+    if vector.partial and there.matrix_shape == guess.matrix_shape:
+        return there
     raise IncompatibleError(
         f"a delta of {vector.name} does not fit the base",
         tensor=name,
-        values={"base": stored, vector.name: layout.shape},
+        values={"base": there.shape, vector.name: guess.shape},
         file=base.file_of(name),
         remedy="Use the base that the vector was made for.",
     )

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from devec.api.output import Saving, edited, require_low_rank, save_model, save_vector
-from devec.api.references import load_vector, open_model
-from devec.core.options import View
+from devec.api.references import ViewLike, load_vector, open_model
 from devec.core.vectors import TaskVector
 from devec.io.model_folder import WrittenModel
 
@@ -17,7 +16,7 @@ def export(
     out: str | Path,
     *,
     base: Any = None,
-    view: View | None = None,
+    view: ViewLike = None,
     saving: Saving | None = None,
 ) -> WrittenModel:
     """Write ``ARTIFACT#part`` (or any task vector): an adapter in the input's own format, or ``base + part``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from devec.core.delta import Delta, DenseDelta, LowRankDelta
 from devec.core.errors import IncompatibleError
 from devec.core.layout import Layout
 from devec.core.results import Finding
-from devec.core.vectors import LazyMap, Origin, TaskVector
+from devec.core.vectors import Origin, TaskVector
+from devec.io.artifact import Source, SourcedMap
+from devec.io.checkpoint import Checkpoint
 from devec.io.names import Selection, nearest
 from devec.linalg.lowrank import svd_of_dense, svd_of_product
 from devec.linalg.rank import RankRule
+
 
 def extract(
     base: Any, model: Any, *, name: str | None = None, selection: Selection | None = None,
@@ -28,10 +32,16 @@ def extract(
     """
     from devec.api.references import open_model
 
-    label = name or (str(model).rstrip("/").rsplit("/", 1)[-1] if not isinstance(model, dict) else "model")
+    label = name or (label_of(model) if isinstance(model, (str, Path)) else "model")
     return delta_of(
         open_model(base), open_model(model), name=label, selection=selection or Selection(), dtype=dtype
     )[0]
+
+
+def label_of(path: str | Path) -> str:
+    """What a model is called where no name is given: its folder, or its file without the suffix."""
+    place = Path(path).resolve()
+    return place.name if place.is_dir() else place.stem
 
 
 def delta_of(
@@ -99,12 +109,13 @@ def delta_of(
         )
 
     def make(n: str) -> Delta:
-        difference = model.get(n).to(dtype) - base.get(n).to(dtype)
-        return DenseDelta(layouts[n].to_matrix(difference))
+        tuned, before = model.get(n), base.get(n)
+        wide = torch.promote_types(torch.promote_types(dtype, tuned.dtype), before.dtype)
+        return DenseDelta(layouts[n].to_matrix(tuned.to(wide) - before.to(wide)))
 
     vector = TaskVector(
         name=name,
-        deltas=LazyMap(names, make),
+        deltas=SourcedMap(names, make, lambda: _source(base, model)),
         layouts=layouts,
         origin=Origin(
             reference=model.reference, file=model.reference, dialect="checkpoint", base_name=base.reference,
@@ -118,6 +129,22 @@ def delta_of(
             Finding("integer-copied", f"{name}: {len(integers)} integer tensors are left to the base", tuple(integers))
         )
     return vector, notes
+
+
+def _source(base: TensorSource, model: TensorSource) -> Source | None:
+    """Both sides as files with their hashes, or ``None`` where one of them lies in no file."""
+    if not (isinstance(base, Checkpoint) and isinstance(model, Checkpoint)):
+        return None  # an edited model is not what its file says
+    if not (_on_disk(model) and _on_disk(base)):
+        return None
+    return Source(
+        str(Path(model.reference).absolute()), model.fingerprint(), str(Path(base.reference).absolute()), base.fingerprint()
+    )
+
+
+def _on_disk(model: Checkpoint) -> bool:
+    names = model.names()
+    return bool(names) and Path(model.file_of(names[0])).is_file()
 
 
 def fingerprint_of(source: TensorSource) -> str | None:

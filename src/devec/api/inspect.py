@@ -4,137 +4,182 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from devec.api.decompose import decompose
-from devec.api.references import existing, load_pool, load_vector, open_model, parse
+from devec.api.extract import delta_of, label_of
+from devec.api.references import existing, load_decomposition, load_pool, load_vector, open_model, parse
 from devec.core.contracts import TensorSource
 from devec.core.decomposition import Decomposition
-from devec.core.errors import DevecError, IncompatibleError
+from devec.core.errors import DevecError, UsageError
 from devec.core.findings import OUTLIER, pool_findings, total_gram
+from devec.core.results import Finding
 from devec.core.vectors import TaskVector
 from devec.engine.threads import Progress, silent
 from devec.io.adapters import is_adapter
 from devec.io.artifact import artifact_kind
-from devec.io.checkpoint import open_checkpoint
 from devec.io.names import Selection
+from devec.linalg.lowrank import frobenius
 
 
 def inspect(
-    sources: Sequence[str | Path], *, base: Any = None, selection: Selection | None = None
+    sources: Sequence[str | Path], *, base: Any = None, selection: Selection | None = None, details: bool = False
 ) -> dict[str, Any]:
     """Format, tensors, ranks, norms and outliers of each source; of several, whether they fit one another.
 
-    Returns plain data: ``sources`` (one entry each), ``compatible`` and ``problems`` (errors found on trying, each
-    with its exit code and line), ``warnings``.
+    Returns plain data: ``sources`` (one entry each, with ``per_tensor`` rows if ``details``), ``compatible`` and
+    ``problems`` (errors found on trying, each with its exit code and line), ``warnings``.
     """
     under = None if base is None else open_model(base)
-    entries = [_describe(str(s), under, selection or Selection()) for s in sources]
+    chosen = selection or Selection()
+    found = [_look(str(s), under, chosen, details) for s in sources]
     problems: list[dict[str, Any]] = []
-    warnings: list[dict[str, object]] = []
-    vectors = [e.pop("_vector") for e in entries]
-    models = [e.pop("_model") for e in entries]
-    if len(entries) > 1:
+    warnings = [w.as_dict() for one in found for w in one.warnings]
+    if len(found) > 1:
         try:
-            if all(v is not None for v in vectors):
-                pool, _ = load_pool([v for v in vectors if v is not None])
-                warnings = [f.as_dict() for f in pool_findings(pool)]
-            elif all(m is not None for m in models):
-                _compatible_models([m for m in models if m is not None])
-            elif under is None:
-                raise IncompatibleError("adapters and checkpoints together need --base")
+            warnings += [f.as_dict() for f in _fit(found, chosen)]
         except DevecError as error:
             problems.append({"exit_code": error.exit_code, "message": error.line()})
     return {
-        "schema": 1, "sources": entries, "compatible": not problems, "problems": problems, "warnings": warnings,
+        "schema": 1, "sources": [one.entry for one in found], "compatible": not problems, "problems": problems,
+        "warnings": warnings,
     }
 
 
-def _describe(text: str, base: TensorSource | None, selection: Selection) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Look:
+    """One source: its entry, and what it is read as (a vector, a model, or a decomposition: neither)."""
+
+    entry: dict[str, Any]
+    vector: TaskVector | None = None
+    model: TensorSource | None = None
+    warnings: tuple[Finding, ...] = ()
+
+
+def _look(text: str, base: TensorSource | None, selection: Selection, details: bool) -> _Look:
     ref = parse(text)
     path = existing(ref.path, ref.text)
     kind = artifact_kind(path) if path.is_dir() else None
-    name = ref.name or (path.stem if path.is_file() else path.name)
+    name = ref.name or label_of(path)
     if kind == "decomposition" and ref.part is None:
-        from devec.api.references import load_decomposition
-
         d = load_decomposition(path)
-        entry = {"kind": "decomposition", "vectors": list(d.vectors), "tensors": len(d.tensors)}
-        return {"name": name, "reference": text, **entry, "_vector": None, "_model": None}
-    if kind is not None or ref.part is not None or ref.base is not None or is_adapter(path):
+        return _Look(
+            {"name": name, "reference": text, "kind": "decomposition", "format": "artifact", "tensors": len(d.tensors),
+             "mode": d.factoring.mode, "target": d.factoring.target, "side": d.factoring.side,
+             "threshold": d.view.threshold, "vectors": list(d.vectors)}
+        )  # fmt: skip
+    if ref.base is None and (kind is not None or ref.part is not None or is_adapter(path)):
         vector = load_vector(text, base=base, selection=selection)
-        return {**_vector_entry(vector, text), "_vector": vector, "_model": None}
-    model = open_checkpoint(path)
-    entry = _model_entry(model, selection)
-    loaded = load_vector(text, base=base, selection=selection) if base is not None else None
-    if loaded is not None:
-        entry["delta"] = _norms_entry(loaded)
-    return {"name": name, "reference": text, **entry, "_vector": loaded, "_model": model}
+        entry, warnings = _vector_entry(vector, details)
+        return _Look({"name": vector.name, "reference": text, **entry}, vector, None, warnings)
+    model = open_model(text)
+    entry = {"name": name, "reference": text, **_model_entry(model, selection, details)}
+    if base is None:
+        return _Look(entry, None, model)
+    vector = load_vector(text, base=base, selection=selection, name=name)
+    norms, warnings = _norms_entry(vector)
+    return _Look({**entry, "delta": norms}, vector, model, warnings)
 
 
-def _model_entry(model: TensorSource, selection: Selection) -> dict[str, Any]:
+def _fit(found: Sequence[_Look], selection: Selection) -> list[Finding]:
+    """Raises what stands between the sources, if anything; otherwise what is worth knowing."""
+    vectors = [one.vector for one in found if one.vector is not None]
+    models = [one.model for one in found if one.model is not None]
+    if any(one.vector is None and one.model is None for one in found):
+        raise UsageError(
+            "a decomposition holds several vectors", remedy="Inspect it alone, or name parts: ARTIFACT#unique:A."
+        )
+    if len(vectors) == len(found):
+        pool, _ = load_pool(vectors)
+        return pool_findings(pool)
+    if len(models) < len(found):
+        raise UsageError("adapters and checkpoints together need the base", remedy="Give --base BASE.")
+    for other in models[1:]:
+        delta_of(models[0], other, name="other", selection=selection, dtype=torch.float32)
+    return []
+
+
+def _model_entry(model: TensorSource, selection: Selection, details: bool) -> dict[str, Any]:
     names = [n for n in model.names() if selection.keeps(n)]
-    infos = [model.info(n) for n in names]
-    sizes = [_numel(i.shape) for i in infos]
+    infos = {n: model.info(n) for n in names}
     config = getattr(model, "config", None) or {}
-    return {
+    entry = {
         "kind": "checkpoint",
         "format": Path(model.file_of(names[0])).suffix.lstrip(".") if names else "empty",
         "architecture": config.get("model_type"),
         "tensors": len(names),
-        "parameters": sum(sizes),
-        "dtypes": dict(Counter(str(i.dtype).removeprefix("torch.") for i in infos)),
-        "integers": sum(1 for i in infos if not i.dtype.is_floating_point),
-        "matrices": sum(1 for i in infos if len(i.shape) == 2),
-        "convolutions": sum(1 for i in infos if len(i.shape) > 2),
-        "vectors_1d": sum(1 for i in infos if len(i.shape) <= 1),
+        "parameters": sum(prod(i.shape) for i in infos.values()),
+        "dtypes": dict(Counter(_short(i.dtype) for i in infos.values())),
+        "integers": sum(1 for i in infos.values() if not i.dtype.is_floating_point),
+        "matrices": sum(1 for i in infos.values() if len(i.shape) == 2),
+        "convolutions": sum(1 for i in infos.values() if len(i.shape) > 2),
+        "vectors_1d": sum(1 for i in infos.values() if len(i.shape) <= 1),
         "ties": dict(model.ties),
     }
+    if details:
+        entry["per_tensor"] = [
+            {"tensor": n, "shape": list(i.shape), "dtype": _short(i.dtype), "rank": None,
+             "norm": frobenius(model.get(n).float().reshape(-1, 1)) if i.dtype.is_floating_point else None}
+            for n, i in infos.items()
+        ]  # fmt: skip
+    return entry
 
 
-def _numel(shape: Sequence[int]) -> int:
-    out = 1
-    for x in shape:
-        out *= x
-    return out
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _vector_entry(vector: TaskVector, text: str) -> dict[str, Any]:
-    ranks = Counter(vector.deltas[n].rank_bound for n in vector.deltas)
-    return {
-        "name": vector.name,
-        "reference": text,
-        "kind": "adapter" if vector.is_low_rank() else "task-vector",
+def _vector_entry(vector: TaskVector, details: bool) -> tuple[dict[str, Any], tuple[Finding, ...]]:
+    low_rank = vector.is_low_rank()
+    norms, warnings = _norms_entry(vector)
+    entry = {
+        "kind": "adapter" if low_rank else "task-vector",
         "format": vector.origin.dialect,
         "base": vector.origin.base_name,
         "tensors": len(vector.deltas),
-        "parameters": sum(_numel(vector.layouts[n].shape) for n in vector.deltas),
-        "ranks": {str(r): c for r, c in sorted(ranks.items())},
+        "parameters": sum(prod(vector.layouts[n].shape) for n in vector.deltas),
         "heads": list(vector.heads),
-        **_norms_entry(vector),
+        **norms,
     }
+    if low_rank:
+        ranks = Counter(vector.deltas[n].rank_bound for n in vector.deltas)
+        entry["ranks"] = {str(r): c for r, c in sorted(ranks.items())}
+    if details:
+        entry["per_tensor"] = [
+            {"tensor": n, "shape": list(vector.layouts[n].shape), "dtype": _short(vector.deltas[n].dtype),
+             "rank": vector.deltas[n].rank_bound if low_rank else None, "norm": vector.deltas[n].norm()}
+            for n in vector.deltas
+        ]  # fmt: skip
+    return entry, warnings
 
 
-def _norms_entry(vector: TaskVector) -> dict[str, Any]:
+def _norms_entry(vector: TaskVector) -> tuple[dict[str, Any], tuple[Finding, ...]]:
     norms = {n: vector.deltas[n].norm() for n in vector.deltas}
     alive = [x for x in norms.values() if x > 0]
     middle = median(alive) if alive else 0.0
-    return {
+    zero = [n for n, x in norms.items() if x == 0.0]
+    large = [n for n, x in norms.items() if middle and x > OUTLIER * middle]
+    warnings = []
+    if zero and not alive:
+        warnings.append(Finding("zero-vector", f"{vector.name} changes nothing: every delta is zero"))
+    elif zero:
+        warnings.append(Finding("zero-vector", f"{vector.name} changes nothing in {len(zero)} tensors", tuple(zero)))
+    if large:
+        message = f"{vector.name} has {len(large)} tensors of more than {OUTLIER:g} times its median norm"
+        warnings.append(Finding("norm-outlier", message, tuple(large)))
+    entry = {
         "norm": sum(x * x for x in norms.values()) ** 0.5,
         "median_tensor_norm": middle,
-        "zero_tensors": [n for n, x in norms.items() if x == 0.0],
-        "outlier_tensors": [n for n, x in norms.items() if middle and x > OUTLIER * middle],
+        "zero_tensors": zero,
+        "outlier_tensors": large,
     }
-
-
-def _compatible_models(models: Sequence[TensorSource]) -> None:
-    from devec.api.extract import delta_of
-    import torch
-
-    for other in models[1:]:
-        delta_of(models[0], other, name="other", selection=Selection(), dtype=torch.float32)
+    return entry, tuple(warnings)
 
 
 def compare(

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from devec.api.extract import to_lora
 from devec.api.output import Saving, edited, heads_from, save_model, save_vector
-from devec.api.references import load_pool, open_model
+from devec.api.references import ViewLike, existing, load_pool, open_model, parse
 from devec.core.block import Block
 from devec.core.contracts import TensorInfo, TensorSource
 from devec.core.delta import Delta
-from devec.core.errors import UsageError
-from devec.core.options import View
+from devec.core.errors import InputError, UsageError
 from devec.core.results import Finding
 from devec.core.vectors import LazyMap, Pool, TaskVector
-from devec.io.checkpoint import open_checkpoint
+from devec.io.adapters import is_adapter
+from devec.io.artifact import artifact_kind
 from devec.io.model_folder import WrittenModel
 from devec.io.names import Selection
 from devec.methods import registry
@@ -99,6 +99,11 @@ class Merged:
     base: TensorSource | None
     findings: tuple[Finding, ...] = ()
 
+    @property
+    def reference_base(self) -> TensorSource | None:
+        """The base that the user gave; ``None`` also where whole weights are averaged."""
+        return None if isinstance(self.base, ZeroBase) else self.base
+
 
 def merge(
     method: str,
@@ -106,7 +111,7 @@ def merge(
     *,
     base: Any = None,
     parameters: Mapping[str, Any] | None = None,
-    view: View | None = None,
+    view: ViewLike = None,
     selection: Selection | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Merged:
@@ -120,33 +125,27 @@ def merge(
     if not sources:
         raise UsageError("merge got no sources", remedy="Name at least one model or adapter.")
     under = open_model(base) if base is not None else None
-    if under is None and not chosen.needs_base and _is_checkpoint(sources[0]):
-        under = ZeroBase(open_checkpoint(_path_of(sources[0])), selection or Selection())
-    if under is None and any(_is_checkpoint(s) for s in sources):
-        raise UsageError(f"{chosen.name} of full checkpoints needs their base", remedy="Give --base BASE.")
+    if under is None and (whole := [s for s in sources if _is_checkpoint(s)]):
+        if chosen.needs_base:
+            raise UsageError(f"{chosen.name} of full checkpoints needs their base", remedy="Give --base BASE.")
+        if len(whole) < len(sources):  # weights and changes of weights are not the same kind of thing
+            raise UsageError(
+                "full checkpoints and adapters (or parts) together need the base", values={"checkpoint": whole[0]},
+                remedy="Give --base BASE.",
+            )
+        under = ZeroBase(open_model(sources[0]), selection or Selection())
     pool, notes = load_pool(sources, base=under, dtype=dtype, selection=selection, view=view)
     vector = merged_vector(chosen, pool, bound)
     return Merged(vector, pool, under, tuple(notes))
 
 
-def _path_of(source: str | Path | TaskVector) -> Path:
-    from devec.api.references import existing, parse
-
-    ref = parse(str(source))
-    return existing(ref.path, ref.text)
-
-
 def _is_checkpoint(source: str | Path | TaskVector) -> bool:
-    from devec.api.references import parse
-    from devec.io.adapters import is_adapter
-    from devec.io.artifact import artifact_kind
-
     if isinstance(source, TaskVector):
         return False
     ref = parse(str(source))
     if ref.part is not None:
         return False
-    path = _path_of(source)
+    path = existing(ref.path, ref.text)
     return not (path.is_dir() and artifact_kind(path)) and (ref.base is not None or not is_adapter(path))
 
 
@@ -155,7 +154,8 @@ def merged_vector(method: registry.Method, pool: Pool, parameters: Mapping[str, 
 
     def make(name: str) -> Delta:
         block: Block = pool.block(name)
-        return method.call(block, **parameters)
+        merged: Delta = method.call(block, **parameters)
+        return merged
 
     first = pool[0]
     names = pool.tensors()
@@ -183,13 +183,22 @@ def save_merged(
     Returns what was written and, where the result was compressed, the relative Frobenius error per tensor.
     """
     compression = compression or Compression()
-    saving = saving.for_inputs(merged.pool, merged.base if not isinstance(merged.base, ZeroBase) else None)
+    saving = saving.for_inputs(merged.pool, merged.reference_base)
     kept = heads_from(heads, list(merged.pool))
     vector, errors = merged.vector, dict[str, float]()
     if merged.base is not None and not compression.asked:
         model = edited(merged.base, [(1.0, vector)], saving, kept)
-        names = [merged.base.reference] if not isinstance(merged.base, ZeroBase) else []
-        return save_model(model, out, saving, names or [v.origin.reference for v in merged.pool]), errors
+        names = [] if merged.reference_base is None else [merged.base.reference]
+        try:
+            return save_model(model, out, saving, names or [v.origin.reference for v in merged.pool]), errors
+        except InputError as error:
+            if error.tensor in vector.deltas:  # the merge is not finite: say whose numbers are not
+                edited(merged.base, [(1.0, v) for v in merged.pool], saving).blame(str(error.tensor))
+            raise
+    if compression.asked and isinstance(merged.base, ZeroBase):
+        raise UsageError(
+            "an average of whole models is no adapter", remedy="Give --base BASE to write its difference as an adapter."
+        )
     if compression.asked:
         vector, errors = compression.apply(vector)
     elif not vector.is_low_rank():

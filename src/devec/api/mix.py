@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from devec.api.decompose import decompose
 from devec.api.merge import Compression
 from devec.api.output import Saving, heads_from, require_low_rank, save_vector
@@ -45,13 +47,14 @@ def mix(
     ``part`` is ``unique`` (the paper's style mixing, section 4.2), ``shared`` or ``all`` (the plain sum). 1-D
     parameters are left out. ``choices`` are those of :func:`devec.decompose`.
     """
-    pool, notes = load_pool(adapters, selection=selection)
+    dtype = getattr(torch, choices.get("dtype") or "float32")
+    pool, notes = load_pool(adapters, selection=selection, dtype=dtype)
     w = [1.0] * len(pool) if weights is None else [float(x) for x in weights]
     if len(w) != len(pool):
         raise UsageError(f"{len(w)} weights for {len(pool)} adapters", remedy="Give one weight an adapter: -w 1,0.5")
     d: Decomposition | None = None
     if part == "all":
-        parts = [v for v in pool]
+        parts = list(pool)
     else:
         d = decompose(pool, progress=progress, notes=notes, **choices)
         parts = [d.unique(n) if part == "unique" else d.shared(n) for n in d.vectors]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from devec.api.decompose import input_record
+from devec.api.decompose import input_record, source_paths
 from devec.api.edit import Edited
 from devec.core.contracts import TensorSource
-from devec.core.errors import RefusedError, UsageError
+from devec.core.errors import DevecError, IncompatibleError, RefusedError, UsageError
 from devec.core.provenance import InputRecord, Provenance
 from devec.core.vectors import LazyMap, TaskVector
 from devec.io import artifact
 from devec.io.adapters.write import write_adapter
-from devec.io.folder import OutputFolder
+from devec.io.folder import OutputFolder, check_output
 from devec.io.model_folder import WrittenModel, write_model_folder
 from devec.io.records import installed_versions, write_records
 from devec.io.shards import DEFAULT_SHARD_SIZE
@@ -41,6 +42,8 @@ class Saving:
     card_text: str | None = None
     recipe: Mapping[str, Any] | None = None
     on_tensor: Callable[[str, int], None] | None = None
+    kept: tuple[Path, ...] = ()
+    """Input files and folders, which an output may not replace or lie in."""
 
     def provenance(self) -> Provenance:
         return Provenance(
@@ -55,14 +58,17 @@ class Saving:
         )
 
     def for_inputs(self, vectors: Iterable[TaskVector], base: TensorSource | None = None) -> Saving:
+        vectors = list(vectors)
         records = [input_record(v) for v in vectors]
+        kept = [p for v in vectors for p in source_paths(v)]
         if base is not None:
             records.insert(0, base_record(base))
-        return replace(self, inputs=tuple(records))
+            kept += _places(base)
+        return replace(self, inputs=tuple(records), kept=tuple(dict.fromkeys(kept)))
 
-    def paths(self) -> list[Path]:
-        """Input files, which an output may not replace."""
-        return [Path(r.path) for r in self.inputs if r.path and Path(r.path).exists()]
+    def check_place(self, out: str | Path) -> None:
+        """Refuse an output place before anything is computed."""
+        check_output(Path(out), overwrite=self.overwrite, inputs=self.kept)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -77,41 +83,75 @@ def base_record(base: TensorSource) -> InputRecord:
     )
 
 
+def _places(base: TensorSource) -> list[Path]:
+    """Where a base lies; of ``BASE+ADAPTER``, the adapter too."""
+    found = [Path(base.reference)] if Path(base.reference).exists() else []
+    if isinstance(base, Edited):
+        vectors = {id(vector): vector for terms in base.terms.values() for _, vector, *_ in terms}
+        found += [p for vector in vectors.values() for p in source_paths(vector)]
+    return found
+
+
 def save_model(model: TensorSource, out: str | Path, saving: Saving, base_models: Sequence[str] = ()) -> WrittenModel:
     """A checkpoint: a Hugging Face folder, or one file when ``out`` ends in ``.safetensors``."""
-    return write_model_folder(
-        Path(out),
-        model,  # type: ignore[arg-type]
-        model.get,
-        provenance=saving.provenance(),
-        out_dtype=saving.out_dtype,
-        shard_size=saving.shard_size,
-        overwrite=saving.overwrite,
-        strict=saving.strict,
-        base_models=list(base_models) or [model.reference],
-        summary=saving.summary,
-        card_text=saving.card_text,
-        inputs=saving.paths(),
-        on_tensor=saving.on_tensor,
-    )
+    with naming_the_output(out, model):
+        return write_model_folder(
+            Path(out),
+            model,  # type: ignore[arg-type]
+            model.get,
+            provenance=saving.provenance(),
+            out_dtype=saving.out_dtype,
+            shard_size=saving.shard_size,
+            overwrite=saving.overwrite,
+            strict=saving.strict,
+            base_models=list(base_models) or [model.reference],
+            summary=saving.summary,
+            card_text=saving.card_text,
+            inputs=saving.kept,
+            on_tensor=saving.on_tensor,
+        )
+
+
+@contextmanager
+def naming_the_output(out: str | Path, model: TensorSource | None = None) -> Iterator[None]:
+    """Errors name what the user gave: the input that is not finite, and never the temporary folder."""
+    try:
+        yield
+    except DevecError as error:
+        if isinstance(error, IncompatibleError) and error.tensor is not None and isinstance(model, Edited):
+            model.blame(error.tensor)
+        if error.file is not None and ".partial-" in error.file:
+            error.file = str(out)
+        raise
 
 
 def save_vector(
     vector: TaskVector, out: str | Path, saving: Saving, *, heads: Mapping[str, Tensor] | None = None
 ) -> WrittenModel:
     """A vector whose deltas are all factored, as an adapter in the dialect that it came in (PEFT if in none)."""
-    return write_adapter(
-        Path(out),
-        original_spelling(vector),
-        provenance=saving.provenance(),
-        heads=heads,
-        dtype=saving.out_dtype or torch.float32,
-        overwrite=saving.overwrite,
-        strict=saving.strict,
-        summary=saving.summary,
-        card_text=saving.card_text,
-        inputs=saving.paths(),
-    )
+    check_adapter_place(out, vector)
+    with naming_the_output(out):
+        return write_adapter(
+            Path(out),
+            original_spelling(vector),
+            provenance=saving.provenance(),
+            heads=heads,
+            dtype=saving.out_dtype or torch.float32,
+            overwrite=saving.overwrite,
+            strict=saving.strict,
+            summary=saving.summary,
+            card_text=saving.card_text,
+            inputs=saving.kept,
+        )
+
+
+def check_adapter_place(out: str | Path, vector: TaskVector) -> None:
+    """A PEFT adapter is weights and a configuration; only diffusers reads one file."""
+    if Path(out).suffix == ".safetensors" and vector.origin.dialect != "diffusers":
+        raise UsageError(
+            "a PEFT adapter is a folder: its weights say nothing without adapter_config.json beside them", file=out,
+            remedy="Give -o a folder's name, without .safetensors.",
+        )
 
 
 def original_spelling(vector: TaskVector) -> TaskVector:
@@ -128,9 +168,12 @@ def original_spelling(vector: TaskVector) -> TaskVector:
 
 
 def save_artifact(vector: TaskVector, out: str | Path, saving: Saving) -> Path:
-    """A dense task vector as an artifact folder."""
-    with OutputFolder(Path(out), overwrite=saving.overwrite, inputs=saving.paths()) as folder:
-        artifact.write_task_vector(folder.path, vector)
+    """A dense task vector as an artifact folder, its numbers in ``out_dtype`` (the compute dtype if none is given)."""
+    if Path(out).suffix == ".safetensors":
+        raise UsageError("a task vector is a folder, not one file", file=out, remedy="Give -o a folder's name.")
+    place = OutputFolder(Path(out), overwrite=saving.overwrite, inputs=saving.kept)
+    with naming_the_output(out), place as folder:
+        artifact.write_task_vector(folder.path, vector, saving.out_dtype or saving.dtype)
         write_records(folder.path, saving.provenance(), summary=saving.summary)
     return Path(out)
 

@@ -75,4 +75,5 @@ def _explained(error: ValidationError, file: Path) -> UsageError:
         return UsageError(f"the recipe has an unknown key {where!r}", file=file, remedy=remedy)
     if first["type"] == "missing":
         return UsageError(f"the recipe lacks {where!r}", file=file)
-    return UsageError(f"the recipe's {where!r} does not fit: {first['msg']}", values={"found": first["input"]}, file=file)
+    values = {"found": first["input"]}
+    return UsageError(f"the recipe's {where!r} does not fit: {first['msg']}", values=values, file=file)

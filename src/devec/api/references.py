@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from devec.api.edit import edit
-from devec.api.extract import delta_of
+from devec.api.extract import delta_of, label_of
 from devec.core.contracts import TensorSource
 from devec.core.decomposition import Decomposition
 from devec.core.errors import IncompatibleError, InputError, UsageError
@@ -37,6 +37,10 @@ ModelLike = Any
 """A path, a reference, a Checkpoint, a state dict or a torch module."""
 
 
+ViewLike = View | Mapping[str, Any] | None
+"""How an artifact is read: a whole view, changes to the view that it stores, or (``None``) as it is stored."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """How vectors are read: against which base, in which dtype, which tensors, and how artifacts are viewed."""
@@ -44,12 +48,12 @@ class Reading:
     base: TensorSource | None = None
     dtype: torch.dtype = torch.float32
     selection: Selection = field(default_factory=Selection)
-    view: View | None = None
+    view: ViewLike = None
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A parsed reference. ``path`` is the model or adapter, ``base`` the left of a ``+``, ``part`` what follows ``#``."""
+    """A parsed reference: ``path`` is the model or adapter, ``base`` what is left of ``+``, ``part`` what follows ``#``."""
 
     text: str
     name: str | None
@@ -125,7 +129,7 @@ def load_vector(
     name: str | None = None,
     dtype: torch.dtype = torch.float32,
     selection: Selection | None = None,
-    view: View | None = None,
+    view: ViewLike = None,
 ) -> TaskVector:
     """One task vector from a reference. Adapters need no base; a full checkpoint needs ``base``."""
     reading = Reading(
@@ -144,18 +148,29 @@ def read_vector(text: str, reading: Reading, name: str | None = None) -> tuple[T
         vector = _from_artifact(ref, path, kind, reading)
     elif ref.base is not None:
         under = open_model(ref.base)
-        model = edit(under, [(1.0, read_adapter(path, base=under, dtype=reading.dtype))])
+        model = edit(under, [(1.0, read_adapter(path, base=_as_checkpoint(under), dtype=reading.dtype))])
         vector, notes = _checkpoint_vector(model, path, reading)
         # No file holds this model, so a decomposition embeds its deltas instead of referring to one.
         vector = replace(vector, origin=replace(vector.origin, dialect="edited", file=str(path)))
     elif is_adapter(path):
-        vector = read_adapter(path, base=reading.base, dtype=reading.dtype)
+        vector = read_adapter(path, base=_as_checkpoint(reading.base), dtype=reading.dtype)
     else:
         vector, notes = _checkpoint_vector(open_checkpoint(path), path, reading)
+    every = len(vector.deltas)
     vector = select(vector, reading.selection)
+    if every and not vector.deltas:
+        raise UsageError(
+            f"--include and --exclude leave nothing of {vector.name}",
+            values={"tensors before": every}, file=path, remedy="devec inspect -v lists the names.",
+        )
     if label is not None:
         vector = vector.named(label)
     return replace(vector, origin=replace(vector.origin, reference=ref.text)), notes
+
+
+def _as_checkpoint(base: TensorSource | None) -> Checkpoint | None:
+    """Readers ask a base for layouts, configuration and fingerprint, which an edited model has as well."""
+    return base  # type: ignore[return-value]
 
 
 def _checkpoint_vector(model: TensorSource, path: Path, reading: Reading) -> tuple[TaskVector, list[Finding]]:
@@ -163,8 +178,7 @@ def _checkpoint_vector(model: TensorSource, path: Path, reading: Reading) -> tup
         raise UsageError(
             "a full checkpoint is a task vector only against its base", file=path, remedy="Give --base BASE."
         )
-    name = path.name if path.is_dir() else path.stem
-    return delta_of(reading.base, model, name=name, selection=reading.selection, dtype=reading.dtype)
+    return delta_of(reading.base, model, name=label_of(path), selection=reading.selection, dtype=reading.dtype)
 
 
 def _from_artifact(ref: Reference, path: Path, kind: str | None, reading: Reading) -> TaskVector:
@@ -181,35 +195,48 @@ def _from_artifact(ref: Reference, path: Path, kind: str | None, reading: Readin
         raise UsageError(
             "a decomposition holds several parts", file=path, remedy="Name one: #unique:A, #shared:A+B, #original:A."
         )
-    return load_decomposition(path, view=reading.view).part(ref.part)
+    part = load_decomposition(path, view=reading.view).part(ref.part)
+    # A part is no longer what its input's file says.
+    dialect = "artifact" if part.origin.dialect == "checkpoint" else part.origin.dialect
+    return replace(part, origin=replace(part.origin, dialect=dialect))
 
 
-def load_decomposition(path: str | Path, *, view: View | None = None) -> Decomposition:
-    """A decomposition from the folder that ``devec decompose -o`` wrote; ``view`` replaces the stored choices.
+def load_decomposition(path: str | Path, *, view: ViewLike = None) -> Decomposition:
+    """A decomposition from the folder that ``devec decompose -o`` wrote.
 
-    Dense vectors are read from where they were, and refused (exit 4) if their bytes or their base's have changed.
+    ``view`` replaces the stored read-time choices, or (a mapping) changes some of them. Dense vectors are read from
+    where they were, and refused (exit 4) if their bytes or their base's have changed.
     """
     folder = existing(str(path), str(path))
     d = artifact.read_decomposition(folder, _reopen)
-    return d if view is None else d.with_view(view)
+    if view is None:
+        return d
+    return d.with_view(view) if isinstance(view, View) else d.with_view(**view)
 
 
-def _reopen(name: str, source: artifact.Source) -> TaskVector:
+def _reopen(name: str, source: artifact.Source, dtype: torch.dtype) -> TaskVector:
+    if not source.base:
+        folder = existing(source.model, source.model)
+        _check_same(artifact.delta_hash(folder), source.model_sha256, f"vector {name}", folder)
+        return artifact.read_task_vector(folder, dtype)
     base = _unchanged(source.base, source.base_sha256, "base")
     model = _unchanged(source.model, source.model_sha256, f"vector {name}")
-    return delta_of(base, model, name=name, selection=Selection(), dtype=torch.float32, partial=True)[0]
+    return delta_of(base, model, name=name, selection=Selection(), dtype=dtype, partial=True)[0]
 
 
 def _unchanged(path: str, sha256: str, what: str) -> Checkpoint:
     model = open_checkpoint(existing(path, path))
-    now = model.fingerprint()
-    if now != sha256:
+    _check_same(model.fingerprint(), sha256, what, path)
+    return model
+
+
+def _check_same(now: str, then: str, what: str, path: str | Path) -> None:
+    if now != then:
         raise IncompatibleError(
             f"the {what} has changed since it was decomposed",
-            values={"then": sha256[:16], "now": now[:16]}, file=path,
+            values={"then": then[:16], "now": now[:16]}, file=path,
             remedy="Restore the file, or decompose again.",
         )
-    return model
 
 
 def select(vector: TaskVector, selection: Selection) -> TaskVector:
@@ -218,12 +245,9 @@ def select(vector: TaskVector, selection: Selection) -> TaskVector:
     heads = {n: t for n, t in vector.heads.items() if selection.keeps(n)}
     if len(keep) == len(vector.deltas) and len(heads) == len(vector.heads):
         return vector
-    return replace(
-        vector,
-        deltas=LazyMap(keep, lambda n: vector.deltas[n]),
-        layouts={n: vector.layouts[n] for n in keep},
-        heads=heads,
-    )
+    deltas = vector.deltas
+    kept = deltas.only(keep) if isinstance(deltas, artifact.SourcedMap) else LazyMap(keep, deltas.__getitem__)
+    return replace(vector, deltas=kept, layouts={n: vector.layouts[n] for n in keep}, heads=heads)
 
 
 def load_pool(
@@ -232,7 +256,7 @@ def load_pool(
     base: ModelLike | None = None,
     dtype: torch.dtype = torch.float32,
     selection: Selection | None = None,
-    view: View | None = None,
+    view: ViewLike = None,
 ) -> tuple[Pool, list[Finding]]:
     """Several vectors that share a base, in the order given, and what was noticed while reading them."""
     reading = Reading(

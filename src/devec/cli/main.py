@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -73,6 +74,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(argv: list[str]) -> int:
     """Run and return the exit code (docs/commands.md lists them)."""
+    # Set before torch is imported: the engine works on several tensors at once, and a team of threads inside each of
+    # its small products only gets in the way.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         result = cli.main(args=argv, prog_name="devec", standalone_mode=False)
         return result if isinstance(result, int) else 0

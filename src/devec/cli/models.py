@@ -158,7 +158,8 @@ def _from_recipe(
 @click.option("--base", metavar="B", help="The model to edit (adapters alone need none; then an adapter is written).")
 @click.option("--target", required=True, metavar="T", help="The vector whose behaviour goes.")
 @click.option("--pool", "pools", multiple=True, metavar="P|NAME=P,P",
-              help="Vectors that the target is set against (repeatable; NAME=P,P groups several).")
+              help="Vectors that the target is set against: --pool P P P, or repeated; NAME=P,P groups several.")
+@click.argument("more", nargs=-1, metavar="[P...]")
 @click.option("--part", type=click.Choice(["unique", "all"]), default="unique", show_default=True,
               help="Subtract the unique part, or the whole vector.")
 @click.option("--coefficient", "-c", type=float, default=1.0, show_default=True, help="C in B - C x part.")
@@ -169,7 +170,7 @@ def _from_recipe(
 @options.writing()
 @options.printing()
 def negate(
-    base: str | None, target: str, pools: tuple[str, ...], part: str, coefficient: float, output: str, as_json: bool,
+    base: str | None, target: str, pools: tuple[str, ...], more: tuple[str, ...], part: str, coefficient: float, output: str, as_json: bool,
     quiet: bool, verbose: bool, **o: Any,
 ) -> None:
     """Write B - C x part of the target: a checkpoint with --base, otherwise an adapter."""
@@ -181,7 +182,7 @@ def negate(
     from devec.io.names import Selection
 
     check_output(Path(output), overwrite=o["overwrite"])
-    pool = [ref for item in pools for ref in pool_members(item)]
+    pool = [ref for item in (*pools, *more) for ref in pool_members(item)]
     choices = {**options.fixed(o), **options.read_time(o)}
     selection = Selection(o["include"], o["exclude"])
     saving = saving_of(

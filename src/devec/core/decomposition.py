@@ -18,13 +18,17 @@ from devec.core.errors import UsageError
 from devec.core.options import Factoring, View
 from devec.core.results import Finding, Spectrum, TensorFactors
 from devec.core.spectra import Key, Pair, SideAlgebra, decide, side_algebra, sides_of
-from devec.core.split import RowSplit, join_rows
+from devec.core.split import RowSplit, fused_name, join_rows
 from devec.core.vectors import LazyMap, Pool, TaskVector
 from devec.linalg import subspace
+from devec.linalg.numerics import one_blas_thread
 
 CHANCE_LEAK = 0.15
 """With ``threshold="chance"`` a removed direction may leave this much of its energy behind, as at the number 0.85: the
 chance cut says which directions are shared, not how alike two of them must be to count as one."""
+
+MOST_LEAK = 0.5
+"""Nor may it leave more than half behind, however low the threshold: at 0 everything would count as removed."""
 
 
 @dataclass(frozen=True)
@@ -57,22 +61,27 @@ class Decomposition:
 
     def with_view(self, view: View | None = None, **changes: Any) -> Decomposition:
         """The same factors read another way. Factorises nothing."""
-        return replace(self, view=replace(view or self.view, **changes))
+        new = replace(self, view=replace(view or self.view, **changes))
+        if "algebra" in vars(self) and (new.view.joint, new.view.angles) == (self.view.joint, self.view.angles):
+            vars(new)["algebra"] = self.algebra  # no threshold enters it
+        return new
 
     @cached_property
     def algebra(self) -> dict[tuple[str, str], SideAlgebra]:
         joint = self.view.joint if self.factoring.mode == "joint" else None
-        return {
-            (name, side): side_algebra(t, side, self.target, joint, self.view.angles)
-            for name, t in self.tensors.items()
-            if len(t.members) >= 2
-            for side in sides_of(self.factoring.side)
-        }
+        with one_blas_thread():
+            return {
+                (name, side): side_algebra(t, side, self.target, joint, self.view.angles)
+                for name, t in self.tensors.items()
+                if len(t.members) >= 2
+                for side in sides_of(self.factoring.side)
+            }
 
     @cached_property
     def spectra(self) -> dict[Key, Spectrum]:
         """(tensor, side, pair or None for joint) -> spectrum and decision under the present view."""
-        return decide(self.tensors, self.algebra, self.factoring, self.view)
+        with one_blas_thread():
+            return decide(self.tensors, self.algebra, self.factoring, self.view)
 
     # -- subspaces ---------------------------------------------------------------------------------------------------
 
@@ -104,7 +113,9 @@ class Decomposition:
         others = [j for j in self.tensors[tensor].members if j != vector]
         rank = a.overlaps.ranks[a.positions[vector]]
         if self.view.target_rule == "sequence":
-            limits = {a.positions[j]: self._spectrum(tensor, side, vector, j).applied for j in others}
+            found = {a.positions[j]: self._spectrum(tensor, side, vector, j) for j in others}
+            # A part of the target overlaps no more than the whole did: what shared nothing still shares nothing.
+            limits = {p: s.applied if s.count else float("inf") for p, s in found.items()}
             tie = 1e-12 if self.factoring.dtype == "float64" else 1e-6
 
             def keep(j: int, values: Tensor) -> int:
@@ -117,7 +128,7 @@ class Decomposition:
             i, l = min(vector, j), max(vector, j)
             own = a.pairs[i, l].A if vector == i else a.pairs[i, l].B
             shared.append(own[:, : self._spectrum(tensor, side, vector, j).count])
-            leak.append(CHANCE_LEAK if self.view.threshold == "chance" else 1.0 - float(self.view.threshold))
+            leak.append(CHANCE_LEAK if self.view.threshold == "chance" else min(1.0 - self.view.threshold, MOST_LEAK))
         return subspace.union_coefficients(shared, leak, rank)
 
     def _spectrum(self, tensor: str, side: str, i: int, j: int) -> Spectrum:
@@ -127,6 +138,10 @@ class Decomposition:
         """Orthonormal Z whose projection is taken out of ``vector`` to leave its unique part; ``None`` if nothing."""
         if (tensor, side) not in self.algebra or vector not in self.tensors[tensor].svd:
             return None
+        with one_blas_thread():
+            return self._removed(tensor, side, vector)
+
+    def _removed(self, tensor: str, side: str, vector: int) -> Tensor | None:
         if self.factoring.mode == "joint":
             Z = self.joint_subspace(tensor, side)
         elif self.view.paper and len(self.pool) == 2:
@@ -258,7 +273,10 @@ class Decomposition:
             have = self.tensors[n].members
             return [i for i in have if pair is None or i in pair]
 
-        names = [n for n in self.tensors if len(members(n)) >= 2]
+        have = {n for n in self.tensors if len(members(n)) >= 2}
+        # Rows that fewer than two vectors touch share nothing, but a fused tensor is whole or not there.
+        whole = {fused_name(n) for n in have} & set(self.splits)
+        names = [n for n in self.tensors if n in have or fused_name(n) in whole]
         first = self.pool[0 if pair is None else pair[0]]
         part = replace(
             first,
@@ -270,6 +288,10 @@ class Decomposition:
         return self._joined(part)
 
     def _weighted(self, tensor: str, members: list[int], pair: Pair | None) -> Delta:
+        if len(members) < 2:
+            n, m = self.tensors[tensor].layout.matrix_shape
+            dtype = getattr(torch, self.factoring.dtype)
+            return LowRankDelta(torch.zeros(n, 0, dtype=dtype), torch.zeros(0, m, dtype=dtype))
         sides = sides_of(self.factoring.side)
         own = pair is not None and self.view.pair_basis == "own"
 
@@ -305,11 +327,14 @@ def _zero_like(delta: Delta) -> LowRankDelta:
 def _inside(delta: Delta, Z: Mapping[str, Tensor]) -> LowRankDelta:
     """``P_L W P_R`` (either side may be missing) as factors of which one is the basis itself."""
     B, A = (delta.B, delta.A) if isinstance(delta, LowRankDelta) else (None, delta.dense())
+    # Never narrower than the bases: rounded to bf16 they would span something else.
+    dtype = torch.promote_types(delta.dtype, next(iter(Z.values())).dtype)
+    A, B = A.to(dtype), None if B is None else B.to(dtype)
     if "left" in Z:
-        left = Z["left"].to(delta.dtype)
+        left = Z["left"].to(dtype)
         B, A = left, left.T @ A if B is None else (left.T @ B) @ A
     if "right" in Z:
-        right = Z["right"].to(delta.dtype)
+        right = Z["right"].to(dtype)
         B, A = A @ right if B is None else B @ (A @ right), right.T
     assert B is not None
     return LowRankDelta(B, A)

@@ -78,6 +78,12 @@ class Delta(ABC):
         return lowrank.inner_of_dense(self.dense(), other.dense())
 
 
+def _in_one_dtype(basis: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider dtype: a basis rounded to bf16 would be no projector."""
+    dtype = torch.promote_types(basis.dtype, value.dtype)
+    return basis.to(dtype), value.to(dtype)
+
+
 def _same_shape(a: Delta, b: Delta) -> None:
     if a.shape != b.shape:
         raise ValueError(f"deltas of unlike shape: {a.shape} and {b.shape}")
@@ -127,12 +133,12 @@ class DenseDelta(Delta):
         return DenseDelta(self.value.T)
 
     def project(self, basis: Tensor) -> Delta:
-        Z = basis.to(self.dtype)
-        return LowRankDelta(Z, Z.T @ self.value)
+        Z, W = _in_one_dtype(basis, self.value)
+        return LowRankDelta(Z, Z.T @ W)
 
     def residual(self, basis: Tensor) -> DenseDelta:
-        Z = basis.to(self.dtype)
-        return DenseDelta(torch.addmm(self.value, Z, Z.T @ self.value, alpha=-1.0))
+        Z, W = _in_one_dtype(basis, self.value)
+        return DenseDelta(torch.addmm(W, Z, Z.T @ W, alpha=-1.0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,25 +186,26 @@ class LowRankDelta(Delta):
         return LowRankDelta(self.A.T, self.B.T)
 
     def project(self, basis: Tensor) -> LowRankDelta:
-        Z = basis.to(self.dtype)
-        return LowRankDelta(Z @ (Z.T @ self.B), self.A)
+        Z, B = _in_one_dtype(basis, self.B)
+        return LowRankDelta(Z @ (Z.T @ B), self.A.to(B.dtype))
 
     def residual(self, basis: Tensor) -> LowRankDelta:
-        Z = basis.to(self.dtype)
-        return LowRankDelta(torch.addmm(self.B, Z, Z.T @ self.B, alpha=-1.0), self.A)
+        Z, B = _in_one_dtype(basis, self.B)
+        return LowRankDelta(torch.addmm(B, Z, Z.T @ B, alpha=-1.0), self.A.to(B.dtype))
 
     def add(self, other: Delta) -> Delta:
         _same_shape(self, other)
         if isinstance(other, LowRankDelta):
+            dtype = torch.promote_types(self.dtype, other.dtype)
             return LowRankDelta(
-                torch.cat([self.B, other.B.to(self.dtype)], dim=1),
-                torch.cat([self.A, other.A.to(self.dtype)], dim=0),
+                torch.cat([self.B.to(dtype), other.B.to(dtype)], dim=1),
+                torch.cat([self.A.to(dtype), other.A.to(dtype)], dim=0),
             )
         return super().add(other)
 
     def recompress(self, rank: int | None = None) -> LowRankDelta:
-        """The same matrix with no more columns than its numerical rank (or the best rank-``rank`` one)."""
-        svd = lowrank.svd_of_product(self.B, self.A)
+        """The same matrix to rounding, with no more columns than that takes (or the best rank-``rank`` one)."""
+        svd = lowrank.svd_of_product(self.B, self.A, rtol=0.0)
         r = svd.rank if rank is None else min(rank, svd.rank)
         root = svd.S[:r].sqrt()
         return LowRankDelta((svd.U[:, :r] * root.to(svd.U.dtype)), (root.to(svd.V.dtype)[:, None] * svd.V[:, :r].T))

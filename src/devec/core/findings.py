@@ -224,13 +224,20 @@ def _edges(d: Decomposition) -> list[Finding]:
 def _everything_or_nothing(d: Decomposition) -> list[Finding]:
     joint = d.factoring.mode == "joint"
     counts = [s.count for key, s in d.spectra.items() if (key[2] is None) == joint]
-    if counts and not any(counts):
+    if not any(counts):
         at = d.view.threshold if isinstance(d.view.threshold, str) else f"{d.view.threshold:g}"
+        emptied = tuple(n for n, t in d.tensors.items() if any(x > 0 and i not in t.svd for i, x in t.norms.items()))
+        why = (
+            f"; in {len(emptied)} tensors the rank rule {d.factoring.rank} takes a whole delta for noise"
+            if emptied
+            else ""
+        )
         return [
             Finding(
                 "nothing-shared",
                 f"nothing is shared at threshold {at}: every unique part equals its original, and an edit with it is "
-                "the plain one",
+                f"the plain one{why}",
+                emptied,
             )
         ]
     full: dict[str, None] = {}

@@ -45,7 +45,7 @@ class Layout:
             raise ValueError(f"layout of shape {self.shape} given a tensor of shape {tuple(stored.shape)}")
         if len(self.shape) <= 1:
             return stored.reshape(-1, 1)
-        matrix = stored.reshape(stored.shape[0], -1)
+        matrix = stored.reshape(stored.shape[0], prod(stored.shape[1:]))
         return matrix.T if self.transposed else matrix
 
     def to_stored(self, matrix: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The choices of a decomposition, apart by when they can be made.
 
 ``Factoring`` fixes what is computed from the weights; ``View`` is applied when a result is read, so a sweep over
-thresholds, bases or rules factorises nothing again.
+thresholds, bases or rules factorises nothing again. Equation and theorem numbers are those of arXiv:2512.22511.
 """
 
 from __future__ import annotations

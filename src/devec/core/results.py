@@ -1,4 +1,7 @@
-"""Frozen results: factors of one tensor, spectra of overlaps, findings."""
+"""Frozen results: factors of one tensor, spectra of overlaps, findings.
+
+Equation numbers are those of arXiv:2512.22511.
+"""
 
 from __future__ import annotations
 

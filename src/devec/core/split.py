@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from devec.core.delta import Delta, LowRankDelta
+from devec.core.delta import Delta, DenseDelta, LowRankDelta
 from devec.core.errors import IncompatibleError
 from devec.core.layout import Layout
 from devec.core.vectors import LazyMap, TaskVector
@@ -56,11 +56,16 @@ def split_rows(vector: TaskVector, splits: Mapping[str, RowSplit]) -> TaskVector
     return replace(vector, deltas=LazyMap(list(plan), make), layouts=layouts)
 
 
+def fused_name(part: str) -> str:
+    """The tensor that a part belongs to, if it is one."""
+    return part.rpartition(SEPARATOR)[0]
+
+
 def join_rows(vector: TaskVector, splits: Mapping[str, RowSplit]) -> TaskVector:
     """The inverse of :func:`split_rows`. Every part of a fused tensor must be there, or none."""
     names: dict[str, None] = {}
     for n in vector.deltas:
-        names[n.split(SEPARATOR)[0] if SEPARATOR in n else n] = None
+        names[fused_name(n) if fused_name(n) in splits else n] = None
     fused = [n for n in names if n in splits]
     for n in fused:
         missing = [s for s, _, _ in splits[n].parts if f"{n}{SEPARATOR}{s}" not in vector.deltas]
@@ -78,12 +83,16 @@ def join_rows(vector: TaskVector, splits: Mapping[str, RowSplit]) -> TaskVector:
 
 def _stack(parts: list[Delta]) -> Delta:
     """Rows on top of one another. Factors that share A keep their rank; others become block-diagonal, exactly."""
-    from devec.core.delta import DenseDelta
-
     factored = [p for p in parts if isinstance(p, LowRankDelta)]
     if len(factored) < len(parts):
         return DenseDelta(torch.cat([p.dense() for p in parts], dim=0))
     first = factored[0]
     if all(p.A.shape == first.A.shape and torch.equal(p.A, first.A) for p in factored):
         return LowRankDelta(torch.cat([p.B for p in factored], dim=0), first.A)
-    return LowRankDelta(torch.block_diag(*[p.B for p in factored]), torch.cat([p.A for p in factored], dim=0))
+    rows, rank = sum(p.B.shape[0] for p in factored), sum(p.B.shape[1] for p in factored)
+    B = first.B.new_zeros(rows, rank)
+    row = column = 0
+    for p in factored:
+        B[row : row + p.B.shape[0], column : column + p.B.shape[1]] = p.B
+        row, column = row + p.B.shape[0], column + p.B.shape[1]
+    return LowRankDelta(B, torch.cat([p.A for p in factored], dim=0))

@@ -10,34 +10,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-import torch
+from devec.linalg.numerics import one_blas_thread
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Progress(Protocol):
-    """Told after each finished job: how many of how many, and which one."""
-
-    def __call__(self, done: int, total: int, name: str) -> None: ...
+Progress = Callable[[int, int, str], None]
+"""``progress(done, total, name)`` after each finished job."""
 
 
 def silent(done: int, total: int, name: str) -> None:
     """No progress."""
-
-
-@contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """One BLAS thread a job; the caller's setting comes back afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def default_workers() -> int:

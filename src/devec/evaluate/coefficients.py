@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from devec.core.errors import IncompatibleError, UsageError
+from devec.linalg.numerics import one_blas_thread
 
 State = Mapping[str, Tensor]
 
@@ -56,8 +57,8 @@ def learn_coefficients(
     base: State,
     deltas: Sequence[State],
     loss_fn: Callable[[State], Tensor],
-    steps: int = 100,
-    lr: float = 0.02,
+    steps: int = 40,
+    lr: float = 0.05,
     init: float | Sequence[float] | Tensor = 0.3,
     per_tensor: bool = False,
 ) -> tuple[Tensor, list[float]]:
@@ -82,7 +83,8 @@ def learn_coefficients(
     mean, square = torch.zeros_like(c), torch.zeros_like(c)
     history: list[float] = []
     for step in range(1, steps + 1):
-        value, gradient = _loss_and_gradient(base, deltas, names, c, loss_fn)
+        with one_blas_thread():
+            value, gradient = _loss_and_gradient(base, deltas, names, c, loss_fn)
         history.append(value)
         mean.lerp_(gradient, 1 - BETAS[0])
         square.lerp_(gradient * gradient, 1 - BETAS[1])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from zlib import crc32
 
 import numpy as np
@@ -26,9 +26,9 @@ SPLITS: tuple[Split, ...] = ("train", "select", "test")
 FRACTIONS = (0.5, 0.2, 0.3)
 SIDE = 16
 CELL = 24  # a photograph is dealt out in cells of 24 x 24 pixels; a patch never leaves its cell
-STRIDE = 4
+STRIDE = 8
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 Labels = NDArray[np.int64]
 
 
@@ -135,27 +135,27 @@ def _stratified(labels: Labels, rng: np.random.Generator) -> list[Labels]:
 
 
 def _patches(photos: Sequence[Array], rng: np.random.Generator) -> tuple[list[Array], list[Labels]]:
-    """Patches of the photographs at half size, and which photograph each is from. Splits share no pixel."""
+    """Patches of the photographs, and which photograph each is from. Splits share no pixel."""
     x: list[list[Array]] = [[], [], []]
     y: list[list[int]] = [[], [], []]
     for label, photo in enumerate(photos):
-        h, w = photo.shape[0] // 2, photo.shape[1] // 2
-        half = photo[: 2 * h, : 2 * w].reshape(h, 2, w, 2).mean(axis=(1, 3))
+        h, w = photo.shape
         corners = [(r, c) for r in range(0, h - CELL + 1, CELL) for c in range(0, w - CELL + 1, CELL)]
         order = rng.permutation(len(corners))
         offsets = range(0, CELL - SIDE + 1, STRIDE)
         for part, chosen in enumerate(np.split(order, _cut(len(order)))):
             for top, left in (corners[i] for i in chosen):
                 for r, c in ((top + dr, left + dc) for dr in offsets for dc in offsets):
-                    x[part].append(half[r : r + SIDE, c : c + SIDE])
+                    x[part].append(photo[r : r + SIDE, c : c + SIDE])
                     y[part].append(label)
     return [np.stack(p) for p in x], [np.asarray(p, dtype=np.int64) for p in y]
 
 
 def _over(ink: Array, background: Array) -> Array:
     """Digits over backgrounds, in the shade that stands out: dark on bright patches, bright on dark ones."""
-    shade = (background.mean(axis=(1, 2)) < 0.5).astype(np.float64)[:, None, None]
-    return background * (1 - 0.8 * ink) + shade * 0.8 * ink
+    shade: Array = (background.mean(axis=(1, 2)) < 0.5).astype(np.float64)[:, None, None]
+    painted: Array = background * (1 - 0.8 * ink) + shade * 0.8 * ink
+    return painted
 
 
 def _side_by_side(left: Array, right: Array) -> Array:
@@ -180,7 +180,7 @@ def _bars(heights: Array) -> Array:
     return canvas
 
 
-def _map(f: Callable[[Array, int], Array], pictures: Array, arguments: Labels) -> Array:
+def _map(f: Callable[..., Array], pictures: Array, arguments: Labels) -> Array:
     return np.stack([f(p, int(a)) for p, a in zip(pictures, arguments, strict=True)])
 
 

@@ -8,7 +8,7 @@ file to refer to and are embedded too.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from devec.core.options import Factoring, View
 from devec.core.results import Finding, TensorFactors
 from devec.core.split import RowSplit, split_rows
 from devec.core.vectors import LazyMap, Origin, Pool, TaskVector
+from devec.io.disk import sha256_of, write_file
+from devec.io.rounding import cast
 from devec.io.safetensors_file import SafetensorsFile
 from devec.io.writer import SafetensorsWriter
 from devec.linalg.lowrank import ThinSVD
@@ -32,21 +34,42 @@ from devec.linalg.lowrank import ThinSVD
 MANIFEST = "manifest.json"
 FACTORS = "factors.safetensors"
 DELTAS = "delta.safetensors"
+FILES = (MANIFEST, FACTORS, DELTAS)
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class Source:
-    """How to find a dense vector again: its model and base, with the fingerprints they had."""
+    """How to find a dense vector again, with the hashes that its files had.
+
+    ``model`` is a checkpoint, and the vector its difference from ``base``; or (``base`` empty) a saved task vector.
+    """
 
     model: str
     model_sha256: str
-    base: str
-    base_sha256: str
+    base: str = ""
+    base_sha256: str = ""
 
 
-Reopen = Callable[[str, Source], TaskVector]
-"""``reopen(vector name, source)`` -> the dense vector, after checking both fingerprints (api does this)."""
+class SourcedMap(LazyMap):
+    """Deltas that are what files say and nothing else, so that an artifact may refer to the files.
+
+    Arithmetic, parts and maps of a vector make plain maps, which have no file and are embedded.
+    """
+
+    def __init__(
+        self, names: Sequence[str], make: Callable[[str], Delta], source: Callable[[], Source | None]
+    ) -> None:
+        super().__init__(names, make)
+        self.source = source
+
+    def only(self, names: Sequence[str]) -> SourcedMap:
+        """Some of the deltas; the rest of the files is not looked at."""
+        return SourcedMap(names, self.__getitem__, self.source)
+
+
+Reopen = Callable[[str, Source, torch.dtype], TaskVector]
+"""``reopen(vector name, source, compute dtype)`` -> the dense vector, after checking the hashes (api does this)."""
 
 
 def artifact_kind(path: Path) -> str | None:
@@ -54,9 +77,12 @@ def artifact_kind(path: Path) -> str | None:
     manifest = path / MANIFEST
     if not manifest.is_file():
         return None
+    ours = (path / FACTORS).is_file() or (path / DELTAS).is_file()
     try:
         kind = _read_json(manifest).get("kind")
     except InputError:
+        if ours:
+            raise  # a broken artifact is not "no artifact"
         return None
     return kind if kind in ("decomposition", "task-vector") else None
 
@@ -74,15 +100,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    write_file(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], kind: str) -> None:
     entries = [(n, TensorInfo(tuple(t.shape), t.dtype)) for n, t in tensors.items()]
-    writer = SafetensorsWriter(path, entries, {"format": "pt", "devec.kind": kind})
-    for n, t in tensors.items():
-        writer.put(n, t)
-    writer.close()
+    with SafetensorsWriter(path, entries, {"format": "pt", "devec.kind": kind}) as writer:
+        for n, t in tensors.items():
+            writer.put(n, t)
 
 
 def _layout_out(layout: Layout) -> dict[str, Any]:
@@ -219,12 +244,12 @@ def read_decomposition(folder: Path, reopen: Reopen) -> Decomposition:
 
 
 def _decomposition(manifest: Mapping[str, Any], file: SafetensorsFile, reopen: Reopen) -> Decomposition:
-    vectors: list[TaskVector] = []
-    for i, row in enumerate(manifest["vectors"]):
-        if row["source"] is None:
-            vectors.append(_vector_in(row, f"v{i}", file))
-        else:
-            vectors.append(_reopened(row, reopen))
+    factoring = Factoring(**manifest["factoring"])
+    dtype: torch.dtype = getattr(torch, factoring.dtype)
+    vectors = [
+        _vector_in(row, f"v{i}", file) if row["source"] is None else _reopened(row, reopen, dtype)
+        for i, row in enumerate(manifest["vectors"])
+    ]
     splits = {
         n: RowSplit(_layout_in(s["layout"]), tuple((p[0], p[1], p[2]) for p in s["parts"]))
         for n, s in manifest["splits"].items()
@@ -236,7 +261,7 @@ def _decomposition(manifest: Mapping[str, Any], file: SafetensorsFile, reopen: R
     view = dict(manifest["view"])
     return Decomposition(
         pool=Pool(tuple(split_rows(v, splits) if splits else v for v in vectors)),
-        factoring=Factoring(**manifest["factoring"]),
+        factoring=factoring,
         tensors=tensors,
         view=View(**view),
         splits=splits,
@@ -244,13 +269,13 @@ def _decomposition(manifest: Mapping[str, Any], file: SafetensorsFile, reopen: R
     )
 
 
-def _reopened(row: Mapping[str, Any], reopen: Reopen) -> TaskVector:
+def _reopened(row: Mapping[str, Any], reopen: Reopen, dtype: torch.dtype) -> TaskVector:
     """A dense vector whose file is opened (and checked) only when one of its deltas is asked for."""
     opened: list[TaskVector] = []
 
     def vector() -> TaskVector:
         if not opened:
-            opened.append(reopen(row["name"], Source(**row["source"])))
+            opened.append(reopen(row["name"], Source(**row["source"]), dtype))
         return opened[0]
 
     names: list[str] = list(row["names"])
@@ -285,14 +310,14 @@ def _factors_in(row: Mapping[str, Any], key: str, file: SafetensorsFile, stored:
 # --- task vectors --------------------------------------------------------------------------------------------------
 
 
-def write_task_vector(folder: Path, v: TaskVector) -> None:
-    """Write ``delta.safetensors`` (deltas in the shapes of the base, float32) and ``manifest.json``."""
+def write_task_vector(folder: Path, v: TaskVector, dtype: torch.dtype = torch.float32) -> None:
+    """Write ``delta.safetensors`` (deltas in the shapes of the base) and ``manifest.json``."""
     names = v.names()
-    entries = [(n, TensorInfo(v.layouts[n].shape, torch.float32)) for n in names]
-    writer = SafetensorsWriter(folder / DELTAS, entries, {"format": "pt", "devec.kind": "task-vector"})
-    for n in names:
-        writer.put(n, v.layouts[n].to_stored(v.deltas[n].dense().to(torch.float32)).contiguous())
-    writer.close()
+    entries = [(n, TensorInfo(v.layouts[n].shape, dtype)) for n in names]
+    with SafetensorsWriter(folder / DELTAS, entries, {"format": "pt", "devec.kind": "task-vector"}) as writer:
+        for n in names:
+            value = v.layouts[n].to_stored(v.deltas[n].dense()).contiguous()
+            writer.put(n, cast(n, value, dtype, v.origin.file), finite=True)
     write_json(
         folder / MANIFEST,
         {
@@ -305,6 +330,11 @@ def write_task_vector(folder: Path, v: TaskVector) -> None:
             "partial": v.partial,
         },
     )
+
+
+def delta_hash(folder: Path) -> str:
+    """SHA-256 of a saved task vector's numbers."""
+    return sha256_of(folder / DELTAS)
 
 
 def read_task_vector(folder: Path, dtype: torch.dtype = torch.float32) -> TaskVector:
@@ -321,13 +351,24 @@ def read_task_vector(folder: Path, dtype: torch.dtype = torch.float32) -> TaskVe
     missing = [n for n in layouts if n not in set(file.names())]
     if missing:
         raise InputError("a delta named in the manifest is missing", tensor=missing[0], file=folder / DELTAS)
-    vector = TaskVector(
+    unlike = [n for n in layouts if file.info(n).shape != layouts[n].shape]
+    if unlike:
+        raise InputError(
+            "a delta has another shape than the manifest says", tensor=unlike[0],
+            values={"file": file.info(unlike[0]).shape, "manifest": layouts[unlike[0]].shape}, file=folder / DELTAS,
+        )
+
+    def make(n: str) -> Delta:
+        value = file.get(n)
+        return DenseDelta(layouts[n].to_matrix(value.to(torch.promote_types(dtype, value.dtype))))
+
+    return TaskVector(
         name=name,
-        deltas=LazyMap(list(layouts), lambda n: DenseDelta(layouts[n].to_matrix(file.get(n)).to(dtype))),
+        deltas=SourcedMap(list(layouts), make, lambda: Source(str(folder.absolute()), delta_hash(folder))),
         layouts=layouts,
-        origin=replace(origin, file=str(folder / DELTAS)),
+        # no longer the checkpoint that it was taken from: its file is a difference already
+        origin=replace(origin, file=str(folder / DELTAS), dialect="artifact"),
         space=space,
         partial=partial,
     )
-    return vector
 

@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from devec.core.contracts import TensorInfo
 from devec.core.errors import InputError, UsageError
 from devec.core.layout import Layout
-from devec.io.dialect import ADAPTER_FILES, CONFIG_FILE, WEIGHT_SUFFIXES, TensorFile, dialect_of, open_file
+from devec.io.dialect import (
+    ADAPTER_FILES,
+    CONFIG_FILE,
+    INDEX_FILES,
+    WEIGHT_SUFFIXES,
+    WHOLE_FILES,
+    TensorFile,
+    dialect_of,
+    open_file,
+)
 from devec.io.quantised import refuse_quantised
 from devec.io.shard_index import open_shards, read_json
 
-WHOLE_FILES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
-INDEX_FILES = tuple(f"{name}.index.json" for name in WHOLE_FILES)
-_LOOKED_FOR = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.safetensors.index.json",
-)
+_LOOKED_FOR = [name for pair in zip(WHOLE_FILES, INDEX_FILES, strict=True) for name in pair]
 
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 CONV1D_WEIGHT = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")

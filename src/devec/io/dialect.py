@@ -24,6 +24,8 @@ ADAPTER_FILES = (
     "pytorch_lora_weights.safetensors",
     "pytorch_lora_weights.bin",
 )
+WHOLE_FILES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
+INDEX_FILES = tuple(f"{name}.index.json" for name in WHOLE_FILES)
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt")
 
 # The first rule that any name matches decides; the most specific come first
@@ -94,6 +96,8 @@ def adapter_file(path: Path) -> Path | None:
     for name in ADAPTER_FILES:
         if (path / name).is_file():
             return path / name
+    if any((path / name).is_file() for name in (*WHOLE_FILES, *INDEX_FILES)):
+        return None
     if (path / CONFIG_FILE).is_file():
         raise InputError(
             f"{CONFIG_FILE} without weights beside it",
@@ -101,7 +105,7 @@ def adapter_file(path: Path) -> Path | None:
             file=path,
         )
     weights = sorted(p for p in path.iterdir() if p.suffix in WEIGHT_SUFFIXES and p.is_file())
-    if len(weights) == 1 and not (path / "config.json").exists():
+    if len(weights) == 1:
         with open_file(weights[0]) as file:
             return weights[0] if dialect_of(file.names()) else None
     return None

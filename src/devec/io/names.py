@@ -102,8 +102,10 @@ def _renamings(wanted: Sequence[str]) -> list[tuple[str, str]]:
 
 # Fused projections
 
+# "in_proj.weight" with a dot is Mamba's, which holds no query; torch's attention writes in_proj_weight
 _FUSED = re.compile(
-    r"(?:^|[._])(c_attn|qkv_proj|in_proj|Wqkv|wqkv|query_key_value|qkv|to_qkv|W_pack)(?:\.(?:weight|bias)|_weight|_bias)?$"
+    r"(?:^|[._])(?:(c_attn|qkv_proj|Wqkv|wqkv|query_key_value|qkv|to_qkv|W_pack)(?:\.(?:weight|bias))?"
+    r"|(in_proj)_(?:weight|bias))$"
 )
 _INTERLEAVED_MODELS = ("gpt_neox", "bloom", "falcon", "codegen", "gptneox", "refinedweb", "megatron", "internlm2")
 
@@ -123,7 +125,7 @@ def qkv_split(name: str, shape: Sequence[int], config: Mapping[str, object] | No
     if match is None:
         return None
     config = config or {}
-    kind, rows = match.group(1), shape[0]
+    kind, rows = match.group(1) or match.group(2), shape[0]
     model = str(config.get("model_type", "")).lower()
     if kind in ("query_key_value", "wqkv", "qkv_proj", "Wqkv") and model.startswith(_INTERLEAVED_MODELS):
         raise UsageError(
@@ -131,7 +133,7 @@ def qkv_split(name: str, shape: Sequence[int], config: Mapping[str, object] | No
             tensor=name,
             remedy="Leave out --split-qkv for this tensor (--exclude), or altogether.",
         )
-    if kind in ("query_key_value", "wqkv") and not model.startswith("chatglm"):
+    if kind in ("query_key_value", "wqkv") and not config.get("multi_query_attention"):
         raise UsageError(
             "whether query, key and value are interleaved by head here is not known",
             tensor=name,

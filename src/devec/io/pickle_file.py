@@ -166,7 +166,7 @@ class PickleFile:
                 values={"entry": item.filename},
                 file=self.path,
             )
-        head = os.pread(self._fd, _LOCAL_HEADER.size, item.header_offset)
+        head = os.pread(self._fd, _LOCAL_HEADER.size, item.header_offset) if item.header_offset >= 0 else b""
         if len(head) < _LOCAL_HEADER.size or head[:4] != b"PK\x03\x04":
             raise self._broken(f"no entry where {item.filename} should be")
         _, name_length, extra_length = _LOCAL_HEADER.unpack(head)

@@ -98,6 +98,9 @@ _INERT_NAMES = {
 """What training scripts leave beside the weights; recorded, never made."""
 
 
+_MAX_REPEATED = 1 << 24
+
+
 def find(module: str, name: str, path: Path) -> Any:
     module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
     if module in _STORAGE_MODULES and name in _LEGACY_STORAGES:
@@ -134,6 +137,9 @@ def _view(storage: Any, offset: Any, shape: Any, stride: Any, dtype: torch.dtype
     view = TensorView(storage, dtype or storage.dtype, offset, size, step)
     if (offset + view.extent) * view.dtype.itemsize > storage.bytes and view.extent:
         raise ValueError(f"a tensor of shape {size} reaches beyond its storage")
+    # strides of zero repeat elements; a few bytes must not become terabytes when the tensor is made contiguous
+    if prod(size) > max(_MAX_REPEATED, storage.bytes // view.dtype.itemsize):
+        raise ValueError(f"a tensor of shape {size} repeats its storage too often")
     return view
 
 

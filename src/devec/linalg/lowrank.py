@@ -118,11 +118,18 @@ def _empty(n: int, m: int, like: Tensor, total: float = 0.0) -> ThinSVD:
     )
 
 
-def svd_of_product(B: Tensor, A: Tensor, rule: RankRule | str | int = "none", side_length: int | None = None) -> ThinSVD:
+def svd_of_product(
+    B: Tensor,
+    A: Tensor,
+    rule: RankRule | str | int = "none",
+    side_length: int | None = None,
+    rtol: float | None = None,
+) -> ThinSVD:
     """Thin SVD of ``B A`` by QR-core SVD: ``Q_B R_B = B``, ``Q_A R_A = A^T``, SVD of ``R_B R_A^T`` in float64.
 
     B ``(n, r)``, A ``(r, m)``. Right also for rank-deficient factors, where a QR of B alone returns spurious columns.
-    ``auto`` means the numerical rank here: a LoRA's rank is known, only rounding has to go.
+    ``auto`` means the numerical rank here: a LoRA's rank is known, only rounding has to go. ``rtol`` is the limit of
+    that rank against the largest singular value; 0 leaves out what cancellation left and nothing else.
     """
     rule = RankRule.parse(rule)
     n, m = B.shape[0], A.shape[1]
@@ -143,7 +150,7 @@ def svd_of_product(B: Tensor, A: Tensor, rule: RankRule | str | int = "none", si
     effective = RankRule("none") if rule.kind == "auto" else rule
     # The core holds every singular value that there is, so every rule can be decided; white-noise rules still
     # refer to the n x m matrix, whose remaining singular values are exactly zero.
-    r = _decide(effective, s, total, n, m, RANK_RTOL[dtype], side_length or n)
+    r = _decide(effective, s, total, n, m, RANK_RTOL[dtype] if rtol is None else rtol, side_length or n)
     scale = scale_b * scale_a
     return ThinSVD(
         QB @ u[:, :r].to(dtype), s[:r] * scale, QA @ vh[:r].T.to(dtype), total * scale * scale

@@ -6,6 +6,8 @@ Each constant says what was observed, because a tolerance without a reason is a 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import frexp
 
 import torch
@@ -56,3 +58,18 @@ def generator(*key: object) -> torch.Generator:
     work. The same key gives the same numbers on every machine and for every number of workers."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """One BLAS thread inside; the caller's setting comes back afterwards.
+
+    Two threads round differently from one, so results would depend on the machine; and for cores of a few hundred
+    columns a team of threads is slower than one (a 96 x 96 SVD: 3 ms alone, 160 ms in a team on two busy cores).
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -116,8 +116,8 @@ def _group(file: TensorFile) -> tuple[dict[str, _Module], dict[str, str]]:
             raise IncompatibleError("the same LoRA factor appears twice", tensor=key, file=file.path)
         else:
             module.parts[match["part"]] = key
-    for module, parts in modules.items():
-        parts.copy = heads.pop(f"{module}.base_layer.weight", None)
+    for path, found in modules.items():
+        found.copy = heads.pop(f"{path}.base_layer.weight", None)
     if len(adapters) > 1:
         raise IncompatibleError(
             "the file holds several adapters", values={"adapters": ", ".join(sorted(adapters))}, file=file.path,
@@ -260,6 +260,6 @@ def _dora(weight: Tensor, update: Tensor, magnitude: Tensor, embedding: bool) ->
     """
     changed = weight + update
     side = 0 if embedding else 1
-    norm = torch.linalg.vector_norm(changed, dim=side)
-    factor = (magnitude / norm).unsqueeze(side)
-    return changed * factor - weight
+    norm: Tensor = torch.linalg.vector_norm(changed, dim=side)
+    rescaled: Tensor = changed * (magnitude / norm).unsqueeze(side)
+    return rescaled - weight
