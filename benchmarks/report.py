@@ -20,10 +20,10 @@ HERE = Path(__file__).parent
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 
 COLUMNS = (
-    *("case", "n", "rank", "parts as", "literal", "devec", "ratio", "cpu ratio", "at least", "", "found"),
-    *("Δλ literal", "Δλ exact", "Δ parts"),
+    *("case", "n", "rank", "parts", "literal", "devec", "ratio", "cpu", "least", "", "found"),
+    *("Δλ lit.", "Δλ exact", "Δ parts"),
 )
-STAGES = ("case", "n", "rank", "parts as", "factor", "overlap", "apply")
+STAGES = ("case", "n", "rank", "parts", "factor", "overlap", "apply")
 TIMINGS = ("case", "n", "where", "pair", "factor", "overlap", "apply", "Δλ")
 FAMILY = ("9 adapters x 48 tensors, r = 8", "seconds")
 
@@ -40,7 +40,7 @@ class Figures:
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def _error(value: float) -> str:
@@ -78,6 +78,8 @@ def cells(row: Row) -> tuple[str, ...]:
 def _print_rows(console: Console, rows: list[Row], threads: int) -> None:
     title = f"literal recipe against devec, one pair, float32, {in_threads(threads)}"
     table = Table(*COLUMNS, title=title, box=box.SIMPLE_HEAD)
+    for column in table.columns:
+        column.no_wrap = True
     for column in table.columns[4:9] + table.columns[10:]:
         column.justify = "right"
     for i, row in enumerate(rows):
@@ -85,7 +87,7 @@ def _print_rows(console: Console, rows: list[Row], threads: int) -> None:
         last = i + 1 < len(rows) and (rows[i + 1].case, rows[i + 1].n) != (row.case, row.n)
         table.add_row(*cells(row), style=style, end_section=last)
     console.print(table)
-    console.print("~ time of the literal run above it; Δλ, Δ: largest difference of eigenvalues, of parts", style="dim")
+    console.print("ratio: wall time, cpu: processor time; ~: the literal run above; Δ: largest differences", style="dim")
 
 
 def stage_lines(rows: list[Row]) -> list[tuple[str, ...]]:

@@ -24,6 +24,7 @@ from benchmarks.rows import Row, deltas, difference_of_parts, low_rank_rows  # n
 from benchmarks.scaling import Timing, thread_timings  # noqa: E402
 
 from benchmarks import report  # noqa: E402
+from devec.linalg.lowrank import svd_of_dense  # noqa: E402
 
 
 def test_the_literal_side_imports_torch_alone() -> None:
@@ -55,6 +56,16 @@ def test_dense_sides_agree_on_the_iterative_path(rule: str) -> None:
     assert torch.allclose(ours.eigenvalues, exact_eigenvalues(first, second, 16), atol=3e-3)
     assert difference_of_parts(ours, literal) < 0.05
     assert float(((ours.Z.T @ pair.directions) ** 2).sum(0).min()) > 0.85
+
+
+@pytest.mark.parametrize("level", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize("rule", ["auto", "mp", "energy=0.3"])
+def test_iteration_finds_the_rank_that_the_full_spectrum_gives(level: float, rule: str) -> None:
+    """Noise at half the weakest signal, as strong, and stronger: the rank must not depend on the path."""
+    W = dense_pair(512, rank=24, shared=8, level=level).matrices[0]
+    fast, exact = svd_of_dense(W, rule), svd_of_dense(W, rule, exact=True)
+    assert fast.rank == exact.rank > 0
+    assert torch.allclose(fast.S, exact.S, rtol=2e-3)
 
 
 def test_rows_say_what_was_found_and_a_miss_is_no_pass() -> None:

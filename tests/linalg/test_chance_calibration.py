@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from devec.linalg import chance
+from devec.linalg.nulls import draw_largest_joint
 
 LEVELS = (0.1, 0.01, 0.001)
 
@@ -130,3 +131,13 @@ def test_false_discovery_rate_at_adapter_sizes(r: int, n: int) -> None:
     print(f"r={r} n={n}: false discovery proportion {proportion.mean():.4f} +- {error:.4f}, power {power:.3f}")
     assert proportion.mean() <= 0.1 + 2 * error
     assert power > 0.5
+
+
+@pytest.mark.parametrize(("ranks", "n", "kind"), [((61, 96, 61, 72, 72, 88, 64), 384, "consensus"), ((61, 96, 61, 72), 384, "chain")])
+def test_joint_nulls_drawn_at_a_smaller_size_err_on_the_safe_side(
+    ranks: tuple[int, ...], n: int, kind: chance.JointKind
+) -> None:
+    values = draw_largest_joint(ranks, n, kind, 300, np.random.default_rng(7))
+    p = chance.joint_p_values(torch.tensor(values), ranks, n, kind)
+    for level in (0.1, 0.05, 0.01):
+        assert float((p < level).double().mean()) <= level + 2 * (level * (1 - level) / 300) ** 0.5

@@ -42,7 +42,7 @@ def random_shared(d: Decomposition, pair: Sequence[str], draw: int) -> TaskVecto
         Z = own @ R.to(own.dtype)
         inside = [Z @ (Z.T @ d.pool[k].deltas[name].dense()) for k in (i, j)]
         weights = [float(torch.linalg.vector_norm(x)) for x in inside]
-        total: Tensor = sum(w * x for w, x in zip(weights, inside, strict=True)) / max(sum(weights), 1e-30)  # type: ignore[assignment]
+        total: Tensor = sum(w * x for w, x in zip(weights, inside, strict=True)) / max(sum(weights), 1e-30)
         norm = float(torch.linalg.vector_norm(total))
         return DenseDelta(total * (wanted.norm() / norm if norm > 0 else 0.0))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from devec.api.references import load_pool, open_model, parse
+from devec.api.references import load_pool, named_paths, open_model
 from devec.core.decomposition import Decomposition
 from devec.core.errors import IncompatibleError, UsageError
 from devec.core.options import Factoring, View
@@ -204,8 +204,7 @@ def source_paths(v: TaskVector) -> list[Path]:
     """The files and folders that a vector was read from, as the user named them; an output may not change them."""
     found = [Path(v.origin.file)] if v.origin.file else []
     if v.origin.reference != "memory":
-        reference = parse(v.origin.reference)
-        found = [Path(reference.path), *([Path(reference.base)] if reference.base else []), *found]
+        found = [*named_paths(v.origin.reference), *found]
     if v.origin.dialect == "checkpoint" and v.origin.base_name:
         found.append(Path(v.origin.base_name))
     return [path for path in found if path.exists()]

@@ -137,9 +137,8 @@ def _source(base: TensorSource, model: TensorSource) -> Source | None:
         return None  # an edited model is not what its file says
     if not (_on_disk(model) and _on_disk(base)):
         return None
-    return Source(
-        str(Path(model.reference).absolute()), model.fingerprint(), str(Path(base.reference).absolute()), base.fingerprint()
-    )
+    here, there = (str(Path(m.reference).absolute()) for m in (model, base))
+    return Source(here, model.fingerprint(), there, base.fingerprint())
 
 
 def _on_disk(model: Checkpoint) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,7 +17,7 @@ from devec.api.extract import delta_of, label_of
 from devec.api.references import existing, load_decomposition, load_pool, load_vector, open_model, parse
 from devec.core.contracts import TensorSource
 from devec.core.decomposition import Decomposition
-from devec.core.errors import DevecError, UsageError
+from devec.core.errors import DevecError, InputError, UsageError
 from devec.core.findings import OUTLIER, pool_findings, total_gram
 from devec.core.results import Finding
 from devec.core.vectors import TaskVector
@@ -125,10 +125,19 @@ def _model_entry(model: TensorSource, selection: Selection, details: bool) -> di
     if details:
         entry["per_tensor"] = [
             {"tensor": n, "shape": list(i.shape), "dtype": _short(i.dtype), "rank": None,
-             "norm": frobenius(model.get(n).float().reshape(-1, 1)) if i.dtype.is_floating_point else None}
+             "norm": _finite(frobenius(model.get(n).float().reshape(-1, 1)), n, "the model", model.file_of(n))
+                if i.dtype.is_floating_point else None}
             for n, i in infos.items()
         ]  # fmt: skip
     return entry
+
+
+def _finite(norm: float, tensor: str, what: str, file: str | None) -> float:
+    if not isfinite(norm):
+        raise InputError(
+            f"NaN or infinity in {what}", tensor=tensor, file=file, remedy="Repair the file, or use another one."
+        )
+    return norm
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -160,7 +169,7 @@ def _vector_entry(vector: TaskVector, details: bool) -> tuple[dict[str, Any], tu
 
 
 def _norms_entry(vector: TaskVector) -> tuple[dict[str, Any], tuple[Finding, ...]]:
-    norms = {n: vector.deltas[n].norm() for n in vector.deltas}
+    norms = {n: _finite(vector.deltas[n].norm(), n, vector.name, vector.origin.file) for n in vector.deltas}
     alive = [x for x in norms.values() if x > 0]
     middle = median(alive) if alive else 0.0
     zero = [n for n, x in norms.items() if x == 0.0]

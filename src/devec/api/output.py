@@ -19,7 +19,7 @@ from devec.core.provenance import InputRecord, Provenance
 from devec.core.vectors import LazyMap, TaskVector
 from devec.io import artifact
 from devec.io.adapters.write import write_adapter
-from devec.io.folder import OutputFolder, check_output
+from devec.io.folder import OutputFolder
 from devec.io.model_folder import WrittenModel, write_model_folder
 from devec.io.records import installed_versions, write_records
 from devec.io.shards import DEFAULT_SHARD_SIZE
@@ -66,9 +66,6 @@ class Saving:
             kept += _places(base)
         return replace(self, inputs=tuple(records), kept=tuple(dict.fromkeys(kept)))
 
-    def check_place(self, out: str | Path) -> None:
-        """Refuse an output place before anything is computed."""
-        check_output(Path(out), overwrite=self.overwrite, inputs=self.kept)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -53,7 +53,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Reference:
-    """A parsed reference: ``path`` is the model or adapter, ``base`` what is left of ``+``, ``part`` what follows ``#``."""
+    """A parsed reference: ``path`` is the model or adapter, ``base`` is left of ``+``, ``part`` follows ``#``."""
 
     text: str
     name: str | None
@@ -81,6 +81,12 @@ def parse(text: str) -> Reference:
             return Reference(text, name, right, base=left, part=part or None)
     left, _, right = path.partition("+")
     return Reference(text, name, right, base=left, part=part or None)
+
+
+def named_paths(text: str) -> list[Path]:
+    """The files and folders of a reference that exist: what an output may not replace or lie in."""
+    ref = parse(text)
+    return [Path(p) for p in (ref.path, ref.base) if p is not None and Path(p).exists()]
 
 
 def existing(path: str, text: str) -> Path:

@@ -24,33 +24,43 @@ def inspect(
     from devec.api.inspect import inspect as run
     from devec.io.names import Selection
 
-    report = run(sources, base=base, selection=Selection(include, exclude))
+    report = run(sources, base=base, selection=Selection(include, exclude), details=verbose)
     if as_json:
         show.print_json(report)
-    rows = []
-    for e in report["sources"]:
-        ranks = ", ".join(f"{r} ({c})" for r, c in e.get("ranks", {}).items()) or None
-        rows.append(
-            (
-                e["name"], e["kind"], e.get("format"), e.get("tensors"), e.get("parameters"), ranks,
-                e.get("norm", e.get("delta", {}).get("norm")), len(e.get("heads", [])) or None, e.get("base"),
-            )
-        )
+    entries = report["sources"]
+    if verbose:
+        for e in entries:
+            rows = [
+                (t["tensor"], "x".join(map(str, t["shape"])) or "scalar", t["dtype"], t["rank"], t["norm"])
+                for t in e.get("per_tensor", ())
+            ]
+            show.table(e["name"], ["tensor", "stored shape", "dtype", "rank bound", "norm"], rows, how)
     show.table(
-        "sources", ["name", "kind", "format", "tensors", "numbers", "rank bound (tensors)", "norm", "heads", "base"], rows, how
+        "sources",
+        ["name", "kind", "format", "tensors", "parameters", "rank (tensors)", "norm of the change", "heads", "base"],
+        [_source_row(e) for e in entries],
+        how,
     )
-    for e in report["sources"]:
-        facts = e.get("delta", e)
-        for label in ("zero_tensors", "outlier_tensors"):
-            if facts.get(label):
-                names = facts[label]
-                click.echo(f"warning ({label.replace('_', '-')}): {e['name']}: {len(names)}, e.g. {names[0]}", err=True)
+    for e in entries:
+        if e["kind"] == "decomposition":
+            part = f"{e['reference']}#unique:{e['target'] or e['vectors'][0]}"
+            listed = ", ".join(e["vectors"])
+            show.say(f"{e['name']}: {e['mode']} decomposition of {listed}, side {e['side']}; parts: {part}", how)
     show.warn(report["warnings"])
     for problem in report["problems"]:
         click.echo(f"devec: {problem['message']}", err=True)
-    if len(report["sources"]) > 1 and report["compatible"]:
+    if len(entries) > 1 and report["compatible"]:
         show.say("these sources fit one another", how)
     return int(report["problems"][0]["exit_code"]) if report["problems"] else 0
+
+
+def _source_row(e: dict[str, Any]) -> tuple[object, ...]:
+    ranks = ", ".join(f"{r} ({c})" for r, c in e.get("ranks", {}).items()) or None
+    norm = e.get("norm", e.get("delta", {}).get("norm"))
+    heads = len(e.get("heads", [])) or None
+    return (
+        e["name"], e["kind"], e.get("format"), e.get("tensors"), e.get("parameters"), ranks, norm, heads, e.get("base"),
+    )  # fmt: skip
 
 
 @click.command()
@@ -68,7 +78,7 @@ def compare(
     """Cosines, Gram, overlaps against chance, and spectra of every pair. Writes nothing but the --plot."""
     how = Printing(as_json, quiet, verbose)
     from devec.api.inspect import compare as run
-    from devec.core.summary import all_findings
+    from devec.core.summary import all_findings, as_dict
     from devec.io.names import Selection
 
     with show.progress("compare", how) as advance:
@@ -79,6 +89,8 @@ def compare(
     result["warnings"] = [f.as_dict() for f in all_findings(d)]
     if as_json:
         show.print_json(result)
+    if verbose:
+        show.per_tensor(as_dict(d, []), how)
     rows = [
         (
             f"{p['a']} + {p['b']}", p["cosine"], p["tensors"], p["median_largest"], p["median_over_edge"], p["largest"],
@@ -145,8 +157,8 @@ def methods(name: str | None, as_json: bool, quiet: bool, verbose: bool) -> None
         show.print_json(
             [
                 {
-                    "kind": m.kind, "name": m.name, "grain": m.grain, "needs": list(m.needs), "needs_base": m.needs_base,
-                    "keeps_rank": m.keeps_rank, "source": m.source, "summary": m.summary,
+                    "kind": m.kind, "name": m.name, "grain": m.grain, "needs": list(m.needs),
+                    "needs_base": m.needs_base, "keeps_rank": m.keeps_rank, "source": m.source, "summary": m.summary,
                     "parameters": {k: _default(p) for k, p in m.parameters.items()},
                     **({"page": reflection.getdoc(m.call)} if name is not None else {}),
                 }

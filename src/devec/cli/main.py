@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -24,6 +25,14 @@ COMMANDS = {
     "methods": ("devec.cli.look", "methods", "List the methods, or show one."),
     "demo": ("devec.cli.demo", "demo", "Run the main job on real data that ships with scikit-learn."),
 }
+
+
+class Interrupted(Exception):
+    """Ctrl-C."""
+
+
+class ReaderGone(Exception):
+    """Standard output was closed before all was printed (devec ... | head)."""
 
 
 class LazyGroup(click.Group):
@@ -51,6 +60,15 @@ class LazyGroup(click.Group):
             hint = f" Did you mean {near[0]!r}?" if near else f" There is: {', '.join(COMMANDS)}."
             ctx.fail(f"no command {name!r}.{hint}")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Ctrl-C and a closed pipe reach :func:`run`: click would print an empty line, or exit with 1."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted from None
+        except BrokenPipeError:
+            raise ReaderGone from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -80,18 +98,17 @@ def run(argv: list[str]) -> int:
     try:
         result = cli.main(args=argv, prog_name="devec", standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except click.exceptions.Abort:
-        return _say("interrupted; nothing was written under a final name", 130)
-    except KeyboardInterrupt:
-        return _say("interrupted; nothing was written under a final name", 130)
+    except (Interrupted, KeyboardInterrupt, click.exceptions.Abort):
+        return _say("interrupted; nothing unfinished stands under a final name", 130)
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx is not None else "devec"
         return _say(f"{error.format_message()} See: {where} --help", 2)
     except click.ClickException as error:
         return _say(error.format_message(), 2)
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
+    except (ReaderGone, BrokenPipeError):
+        # Python would complain when it flushes at exit. 141 is what a shell reports for a closed pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except Exception as error:
         return _failed(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,19 @@ import click
 
 from devec.cli import options, show
 from devec.cli.options import Printing
-from devec.cli.vectors import dry, saving_of, show_decomposition, show_errors
+from devec.cli.vectors import dry, saving_of, show_errors
 
 
 def _weight(text: str, flag: str) -> float:
     from devec.core.errors import UsageError
 
     try:
-        return float(text)
+        weight = float(text)
     except ValueError:
-        raise UsageError(f"{flag} wants a number and a reference, got {text!r}", remedy=f"Write {flag} 0.5 REF.") from None
+        weight = nan
+    if not isfinite(weight):
+        raise UsageError(f"{flag} wants a finite number and a reference, got {text!r}", remedy=f"Write {flag} 0.5 REF.")
+    return weight
 
 
 @click.command("apply")
@@ -41,21 +45,18 @@ def apply_(
     import torch
 
     from devec.api.apply import apply as run
-    from devec.api.references import open_model, read_vector
-    from devec.api.references import Reading
-    from devec.cli.vectors import view_of
+    from devec.api.references import Reading, open_model, read_vector
     from devec.core.errors import UsageError
-    from devec.io.folder import check_output
     from devec.io.names import Selection
 
-    check_output(Path(output), overwrite=o["overwrite"])
     wanted = [(_weight(w, "--add"), ref) for w, ref in add] + [(-_weight(w, "--subtract"), ref) for w, ref in subtract]
     if not wanted:
         raise UsageError("apply got nothing to add", remedy="Give --add W REF or --subtract W REF.")
+    options.check_place(output, o["overwrite"], [base, *(ref for _, ref in wanted)])
+    view = options.read_view(o)
     under = open_model(base)
     terms, findings = [], []
     for weight, ref in wanted:
-        view = view_of(ref, o) if "#" in ref else None
         reading = Reading(under, getattr(torch, o["dtype"]), Selection(o["include"], o["exclude"]), view)
         vector, notes = read_vector(ref, reading)
         terms.append((weight, vector))
@@ -77,24 +78,24 @@ def apply_(
 @click.option("--base", metavar="B", help="The base (average needs none).")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A parameter of the method (repeatable).")
 @click.option("--heads-from", metavar="NAME", help="Take the heads of this input; by default none is written.")
-@click.option("--dtype", type=click.Choice(["float32", "float64"]), default=None, help="Compute in this dtype (float32).")
+@click.option("--dtype", type=click.Choice(["float32", "float64"]), default=None,
+              help="Compute in this dtype (float32).")
 @options.compressing()
 @options.reading()
 @options.selecting()
 @options.writing()
 @options.printing()
 def merge(
-    sources: tuple[str, ...], method: str | None, base: str | None, settings: tuple[str, ...], output: str, as_json: bool,
-    quiet: bool, verbose: bool, **o: Any,
+    sources: tuple[str, ...], method: str | None, base: str | None, settings: tuple[str, ...], output: str,
+    as_json: bool, quiet: bool, verbose: bool, **o: Any,
 ) -> None:
     """Merge models or adapters: a recipe, or --method and sources. Adapters stay adapters when rank is kept."""
     how = Printing(as_json, quiet, verbose)
     import torch
 
-    from devec.api.merge import Compression, merge as run, save_merged
+    from devec.api.merge import Compression, save_merged
+    from devec.api.merge import merge as run
     from devec.core.errors import UsageError
-    from devec.core.options import View
-    from devec.io.folder import check_output
     from devec.io.names import Selection
 
     parameters: dict[str, Any] = {}
@@ -105,14 +106,11 @@ def merge(
         if not sign:
             raise UsageError(f"--set {item!r} is not KEY=VALUE")
         parameters[key] = value
-    check_output(Path(output), overwrite=o["overwrite"])
+    options.check_place(output, o["overwrite"], [base, *sources])
     compression = Compression(o["rank"], o["energy"], o["error"])
-    given = options.read_time(o)
-    paper = given.pop("paper", None)
-    view = None if not given and not paper else (View.of_paper(**given) if paper else View(**given))
     o["dtype"] = o.get("dtype") or "float32"
     merged = run(
-        method, sources, base=base, parameters=parameters, view=view,
+        method, sources, base=base, parameters=parameters, view=options.read_view(o),
         selection=Selection(tuple(o["include"]), tuple(o["exclude"])), dtype=getattr(torch, o["dtype"]),
     )
     from devec.core.findings import pool_findings
@@ -162,7 +160,8 @@ def _from_recipe(
 @click.argument("more", nargs=-1, metavar="[P...]")
 @click.option("--part", type=click.Choice(["unique", "all"]), default="unique", show_default=True,
               help="Subtract the unique part, or the whole vector.")
-@click.option("--coefficient", "-c", type=float, default=1.0, show_default=True, help="C in B - C x part.")
+@click.option("--coefficient", "-c", type=float, default=1.0, show_default=True, callback=options.finite,
+              help="C in B - C x part.")
 @click.option("--heads-from", metavar="NAME", help="Take the heads of this input; by default the base keeps its own.")
 @options.fixing()
 @options.reading()
@@ -170,19 +169,18 @@ def _from_recipe(
 @options.writing()
 @options.printing()
 def negate(
-    base: str | None, target: str, pools: tuple[str, ...], more: tuple[str, ...], part: str, coefficient: float, output: str, as_json: bool,
-    quiet: bool, verbose: bool, **o: Any,
+    base: str | None, target: str, pools: tuple[str, ...], more: tuple[str, ...], part: str, coefficient: float,
+    output: str, as_json: bool, quiet: bool, verbose: bool, **o: Any,
 ) -> None:
     """Write B - C x part of the target: a checkpoint with --base, otherwise an adapter."""
     how = Printing(as_json, quiet, verbose)
     from devec.api.negate import negate as run
     from devec.api.negate import negation
     from devec.core.summary import all_findings, as_dict
-    from devec.io.folder import check_output
     from devec.io.names import Selection
 
-    check_output(Path(output), overwrite=o["overwrite"])
     pool = [ref for item in (*pools, *more) for ref in pool_members(item)]
+    options.check_place(output, o["overwrite"], [base, target, *pool])
     choices = {**options.fixed(o), **options.read_time(o)}
     selection = Selection(o["include"], o["exclude"])
     saving = saving_of(
@@ -195,7 +193,7 @@ def negate(
     if d is not None:
         findings = all_findings(d)
         summary = as_dict(d, findings)
-        show_decomposition(summary, how)
+        show.decomposition(summary, how)
         show.warn(summary["warnings"], strict=o["strict"])
         from dataclasses import replace
 
@@ -220,7 +218,8 @@ def pool_members(item: str) -> list[str]:
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("--part", type=click.Choice(["unique", "shared", "all"]), default="unique", show_default=True,
               help="What of each adapter is summed.")
-@click.option("--weights", "-w", type=options.Numbers(), default=None, help="One weight an adapter (1 each).")
+@click.option("--weights", "-w", type=options.Numbers(), default=None, callback=options.finite,
+              help="One weight an adapter (1 each).")
 @click.option("--heads-from", metavar="NAME", help="Take the heads of this input; by default none is written.")
 @options.fixing(rank="--decompose-rank")
 @options.reading()
@@ -238,10 +237,9 @@ def mix(
     from devec.api.mix import mix as run
     from devec.api.mix import save_mix
     from devec.core.summary import all_findings, as_dict
-    from devec.io.folder import check_output
     from devec.io.names import Selection
 
-    check_output(Path(output), overwrite=o["overwrite"])
+    options.check_place(output, o["overwrite"], adapters)
     compression = Compression(o["rank"], o["energy"], o["error"])
     choices = {**options.fixed(o), **options.read_time(o)}
     with show.progress("mix", how) as advance:
@@ -256,10 +254,10 @@ def mix(
     if mixed.decomposition is not None:
         findings = all_findings(mixed.decomposition)
         summary = as_dict(mixed.decomposition, findings)
-        show_decomposition(summary, how)
+        show.decomposition(summary, how)
         show.warn(summary["warnings"], strict=o["strict"])
         if any(f.code == "nothing-shared" for f in findings) and part != "shared":
-            click.echo("warning: nothing is shared, so this mix equals the plain sum of the adapters", err=True)
+            show.note("this mix equals the plain sum of the adapters", how)
     if o["dry_run"]:
         return dry(output, how, adapters=len(adapters), tensors=len(mixed.vector.deltas))
     written, errors = save_mix(mixed, output, saving, compression=compression, heads=o["heads_from"])

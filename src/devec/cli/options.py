@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import click
 
@@ -13,7 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
-class Threshold(click.ParamType):
+class Threshold(click.ParamType):  # type: ignore[type-arg]
     """A number from 0 to 1, or ``chance``."""
 
     name = "number|chance"
@@ -30,11 +30,11 @@ class Threshold(click.ParamType):
         return number
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg]
     """Bytes with a unit: 5GB, 500MB, 1GiB."""
 
     name = "size"
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    units: ClassVar = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
@@ -51,7 +51,7 @@ class Size(click.ParamType):
         return size
 
 
-class Numbers(click.ParamType):
+class Numbers(click.ParamType):  # type: ignore[type-arg]
     """Comma-separated numbers: 1,0.5,0.5."""
 
     name = "W,W,..."
@@ -92,7 +92,7 @@ def selecting() -> Callable[[F], F]:
 
 
 def fixing(rank: str = "--rank") -> Callable[[F], F]:
-    """Choices that are fixed when decomposing. ``mix`` calls the rank rule --decompose-rank: its --rank is the output's."""
+    """Choices fixed when decomposing. ``mix`` calls the rank rule --decompose-rank: its --rank is the output's."""
     return _all(
         click.option("--side", type=click.Choice(["left", "right", "both"]), default=None,
                      help="Column space (left, default), row space (right), or both."),
@@ -164,6 +164,39 @@ def read_time(values: dict[str, Any]) -> dict[str, Any]:
     """The read-time choices that were given (``None`` means: not given)."""
     keys = ("threshold", "fdr", "pair_basis", "joint", "target_rule", "angles", "paper")
     return {k: values[k] for k in keys if values.get(k) is not None}
+
+
+def read_view(values: dict[str, Any]) -> Any:
+    """How artifacts are to be read: as stored (``None``), with changes (a mapping), or as the paper reads (a View)."""
+    from devec.core.options import View
+
+    given = read_time(values)
+    if not given:
+        return None
+    if given.pop("paper", None):
+        return View.of_paper(**given)
+    View(**given)  # a value out of range is an error before anything is read
+    return given
+
+
+def finite(ctx: click.Context, param: click.Parameter, value: float | list[float] | None) -> Any:
+    """NaN and infinity are numbers to Python and to no one else."""
+    from math import isfinite
+
+    if value is not None and not all(map(isfinite, value if isinstance(value, list) else [value])):
+        raise click.BadParameter("every number must be finite.", ctx, param)
+    return value
+
+
+def check_place(output: str, overwrite: bool, references: Iterable[str | None]) -> None:
+    """Refuse an output place before anything is read: it exists, its parent does not, or it is or lies in an input."""
+    from pathlib import Path
+
+    from devec.api.references import named_paths
+    from devec.io.folder import check_output
+
+    inputs = [path for text in references if text is not None for path in named_paths(text)]
+    check_output(Path(output), overwrite=overwrite, inputs=inputs)
 
 
 def fixed(values: dict[str, Any]) -> dict[str, Any]:

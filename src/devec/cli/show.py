@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
 import click
@@ -36,8 +37,10 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
     console = Console()
     # A pipe has no width of its own; a table squeezed to 80 columns is unreadable in a log.
     screen = console if console.is_terminal else Console(width=140)
-    screen.print(title, style="bold", highlight=False, soft_wrap=True)
-    screen.print(grid)
+    with screen.capture() as text:
+        screen.print(title, style="bold", highlight=False, soft_wrap=True)
+        screen.print(grid)
+    click.echo(text.get(), nl=False)
 
 
 def cell(value: object) -> str:
@@ -48,10 +51,26 @@ def cell(value: object) -> str:
     return str(value)
 
 
+def size(count: int) -> str:
+    """Bytes for people: 512 B, 31.4 kB, 5.0 GB."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f} B" if unit == "B" else f"{value:,.1f} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
 def say(text: str, how: Printing) -> None:
     """A line of result on stdout, unless --json or --quiet."""
     if not how.as_json and not how.quiet:
         click.echo(text)
+
+
+def note(text: str, how: Printing) -> None:
+    """Something to know that is no warning, on stderr, unless --quiet."""
+    if not how.quiet:
+        click.echo(f"note: {text}", err=True)
 
 
 def warn(warnings: Iterable[Mapping[str, Any]], *, strict: bool = False) -> None:
@@ -116,6 +135,78 @@ def wrote(path: object, written: Any, how: Printing, extra: Mapping[str, Any] | 
     if written is None:
         say(f"wrote {path}", how)
     else:
-        say(f"wrote {path}: {written.tensors} tensors, {written.bytes / 1e6:,.1f} MB in {len(written.files)} file(s)", how)
-        for note in written.notes:
-            click.echo(f"note: {note}", err=True)
+        files = "1 file" if len(written.files) == 1 else f"{len(written.files)} files"
+        say(f"wrote {path}: {written.tensors} tensors, {size(written.bytes)} in {files}", how)
+        for text in written.notes:
+            note(text, how)
+
+
+def decomposition(summary: Mapping[str, Any], how: Printing) -> None:
+    """Totals of a decomposition, and with -v a row per tensor."""
+    if how.verbose:
+        per_tensor(summary, how)
+    totals, tensors = summary["totals"], list(summary["tensors"].values())
+    rows = []
+    for name, energy in totals["shared_energy"].items():
+        ranks = [t["rank"].get(name, 0) for t in tensors]
+        kept = [t["energy_kept"][name] for t in tensors if name in t["energy_kept"]]
+        rows.append((name, _span(ranks), f"{median(kept):.1%}" if kept else None, f"{energy:.2%}"))
+    table(
+        f"{summary['mode']} decomposition of {', '.join(summary['vectors'])}: side {summary['side']}, threshold "
+        f"{summary['threshold']}",
+        ["vector", "rank per tensor", "energy kept (median)", "energy called shared"],
+        rows,
+        how,
+    )
+    if not totals["directions"]:
+        say(f"no direction to compare: the rank rule {summary['rank']!r} found nothing above noise", how)
+    else:
+        edges = [_largest(v) for t in tensors for v in t["edge"].values()]
+        say(
+            f"{totals['shared_directions']} of {totals['directions']} directions in {totals['tensors']} tensors are "
+            f"called shared; {totals['above_chance']} stand above chance (p < 0.01 each)\n"
+            f"largest cos^2 {totals['largest_eigenvalue']:.3f}; chance alone reaches about {median(edges):.3f} "
+            "(median over tensors and pairs)",
+            how,
+        )
+    if summary["order_dependent"]:
+        note(f"this result depends on the order given ({', '.join(summary['order_dependent'])})", how)
+
+
+def per_tensor(summary: Mapping[str, Any], how: Printing) -> None:
+    """One row a tensor of a decomposition."""
+    rows = [
+        (
+            name,
+            "x".join(map(str, t["shape"])),
+            _span(t["rank"].values()),
+            min(t["energy_kept"].values(), default=None),
+            max((_largest(v) for v in t["edge"].values()), default=None),
+            max((_top(v) for v in t["eigenvalues"].values()), default=None),
+            sum(sum(_flat(v)) for v in t["shared_directions"].values()),
+            max(t["shared_energy"].values(), default=None),
+        )
+        for name, t in summary["tensors"].items()
+    ]
+    columns = ["tensor", "out x in", "rank", "energy kept", "chance edge", "largest cos^2", "shared", "energy shared"]
+    table("per tensor", columns, rows, how)
+
+
+def _flat(value: Any) -> list[Any]:
+    """Both sides of ``--side both``, or the one value."""
+    return list(value.values()) if isinstance(value, dict) else [value]
+
+
+def _top(value: Any) -> float:
+    return float(max((max(x, default=0.0) for x in _flat(value)), default=0.0))
+
+
+def _largest(value: Any) -> float:
+    return float(max(_flat(value)))
+
+
+def _span(values: Iterable[int]) -> str:
+    found = sorted(set(values))
+    if not found:
+        return "-"
+    return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"

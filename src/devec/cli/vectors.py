@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -28,23 +27,21 @@ def extract(base: str, model: str, output: str, as_json: bool, quiet: bool, verb
     how = Printing(as_json, quiet, verbose)
     import torch
 
-    from devec.api.extract import delta_of
     from devec.api.merge import Compression
-    from devec.api.output import save_artifact, save_vector
-    from devec.api.references import open_model
-    from devec.io.folder import check_output
+    from devec.api.output import check_adapter_place, save_artifact, save_vector
+    from devec.api.references import Reading, open_model, read_vector
     from devec.io.names import Selection
 
     compression = Compression(o["rank"], o["energy"], o["error"])
     saving = saving_of("extract", o, {"rank": o["rank"], "energy": o["energy"], "error": o["error"]})
-    under, tuned = open_model(base), open_model(model)
-    name = Path(model).name if Path(model).is_dir() else Path(model).stem
-    vector, notes = delta_of(
-        under, tuned, name=name, selection=Selection(o["include"], o["exclude"]), dtype=getattr(torch, o["dtype"])
-    )
-    show.warn([n.as_dict() for n in notes], strict=o["strict"])
+    options.check_place(output, o["overwrite"], [base, model])
+    under = open_model(base)
+    reading = Reading(under, getattr(torch, o["dtype"]), Selection(o["include"], o["exclude"]))
+    vector, notes = read_vector(model, reading)
     saving = saving.for_inputs([vector], under)
-    check_output(Path(output), overwrite=o["overwrite"], inputs=saving.paths())
+    if compression.asked:
+        check_adapter_place(output, vector)
+    show.warn([n.as_dict() for n in notes], strict=o["strict"])
     if o["dry_run"]:
         return dry(output, how, tensors=len(vector.deltas))
     if not compression.asked:
@@ -52,8 +49,8 @@ def extract(base: str, model: str, output: str, as_json: bool, quiet: bool, verb
         return
     factored, errors = compression.apply(vector)
     left_out = [n for n in errors if n not in factored.deltas]
-    if left_out and not quiet:
-        click.echo(f"note: {len(left_out)} 1-D tensors cannot be written as factors and are left out", err=True)
+    if left_out:
+        show.note(f"{len(left_out)} 1-D tensors cannot be written as factors and are left out", how)
     show_errors(factored, errors, how)
     show.wrote(output, save_vector(factored, output, saving), how, {"error": errors})
 
@@ -66,9 +63,8 @@ def show_errors(vector: Any, errors: dict[str, float], how: Printing) -> None:
         show.table("compression", ["tensor", "rank", "relative error"], rows, how)
     if kept:
         ordered = sorted(kept.values())
-        show.say(
-            f"relative Frobenius error per tensor: median {ordered[len(ordered) // 2]:.3g}, largest {ordered[-1]:.3g}", how
-        )
+        middle = ordered[len(ordered) // 2]
+        show.say(f"relative Frobenius error per tensor: median {middle:.3g}, largest {ordered[-1]:.3g}", how)
 
 
 def saving_of(command: str, o: dict[str, Any], parameters: dict[str, Any]) -> Any:
@@ -91,13 +87,14 @@ def saving_of(command: str, o: dict[str, Any], parameters: dict[str, Any]) -> An
     )
 
 
-def dry(output: str, how: Printing, **facts: Any) -> None:
+def dry(output: str | None, how: Printing, **facts: Any) -> None:
     """What --dry-run says: everything was checked, nothing was written."""
     if how.as_json:
         show.print_json({"schema": 1, "dry_run": True, "output": output, **facts})
     else:
         listed = ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in facts.items())
-        show.say(f"dry run: would write {output} ({listed}); nothing was written", how)
+        what = "everything fits" if output is None else f"would write {output}"
+        show.say(f"dry run: {what} ({listed}); nothing was written", how)
 
 
 @click.command()
@@ -120,99 +117,41 @@ def decompose(
 ) -> None:
     """Split task vectors into shared and unique parts; parts are read from OUT as OUT#unique:NAME and so on."""
     how = Printing(as_json, quiet, verbose)
-    from devec.api.decompose import choose, decompose as run, save_decomposition
+    from devec.api.decompose import choose, save_decomposition
+    from devec.api.decompose import decompose as run
     from devec.api.references import load_pool
     from devec.core.summary import all_findings, as_dict
-    from devec.io.folder import check_output
     from devec.io.names import Selection
 
     choices = {**options.fixed(o), **options.read_time(o), "mode": o["mode"], "target": o["target"]}
     choose(choices)  # a wrong choice is an error before anything is read
     if output is not None:
-        check_output(Path(output), overwrite=o["overwrite"])
+        options.check_place(output, o["overwrite"], [o["base"], *sources])
     import torch
 
     pool, notes = load_pool(
         sources, base=o["base"], dtype=getattr(torch, o["dtype"]), selection=Selection(o["include"], o["exclude"])
     )
     if o["dry_run"]:
-        return dry(output or "nothing", how, vectors=len(pool), tensors=len(pool.tensors()))
+        return dry(output, how, vectors=len(pool), tensors=len(pool.tensors()))
     with show.progress("decompose", how) as advance:
-        d = run(pool, base=o["base"], workers=o["workers"], device=o["device"], progress=advance, notes=notes, **choices)
+        d = run(
+            pool, base=o["base"], workers=o["workers"], device=o["device"], progress=advance, notes=notes, **choices
+        )
     findings = all_findings(d)
     if o["strict"]:
         show.warn([f.as_dict() for f in findings], strict=True)
     if output is not None:
-        summary = save_decomposition(d, output, overwrite=o["overwrite"], findings=findings)
+        under = [o["base"]] if o["base"] else []
+        summary = save_decomposition(d, output, overwrite=o["overwrite"], findings=findings, inputs=under)
     else:
         summary = as_dict(d, findings)
     if as_json:
         show.print_json(summary)
-    show_decomposition(summary, how)
+    show.decomposition(summary, how)
     show.warn(summary["warnings"])
     if output is not None:
         show.say(f"wrote {output}; read parts as {output}#unique:{d.vectors[0]}", how)
-
-
-def show_decomposition(summary: dict[str, Any], how: Printing) -> None:
-    """Totals of a decomposition, and with -v a row per tensor."""
-    if how.verbose:
-        rows = []
-        for name, t in summary["tensors"].items():
-            tops = [_top(v) for v in t["eigenvalues"].values()]
-            edges = [_largest(v) for v in t["edge"].values()]
-            kept = [_count(v) for v in t["shared_directions"].values()]
-            rows.append(
-                (
-                    name, "x".join(map(str, t["shape"])), _span(t["rank"].values()),
-                    min(t["energy_kept"].values(), default=None), max(edges, default=None), max(tops, default=None),
-                    sum(kept), max(t["shared_energy"].values(), default=None),
-                )
-            )
-        show.table(
-            "per tensor",
-            ["tensor", "shape", "rank", "energy kept", "chance edge", "largest cos^2", "shared", "energy shared"],
-            rows, how,
-        )
-    totals = summary["totals"]
-    show.table(
-        f"{summary['mode']} decomposition of {len(summary['vectors'])} vectors, side {summary['side']}, threshold "
-        f"{summary['threshold']}",
-        ["vector", "energy called shared"],
-        [(n, f"{x:.2%}") for n, x in totals["shared_energy"].items()],
-        how,
-    )
-    show.say(
-        f"{totals['shared_directions']} of {totals['directions']} directions in {totals['tensors']} tensors are called "
-        f"shared; {totals['above_chance']} stand above chance (p < 0.01 each); largest cos^2 "
-        f"{totals['largest_eigenvalue']:.3f}",
-        how,
-    )
-    if summary["order_dependent"]:
-        click.echo(f"note: this result depends on the order given ({', '.join(summary['order_dependent'])})", err=True)
-
-
-def _flat(value: Any) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else [value]
-
-
-def _top(value: Any) -> float:
-    return max((max(x, default=0.0) for x in _flat(value)), default=0.0)
-
-
-def _largest(value: Any) -> float:
-    return max(_flat(value))
-
-
-def _count(value: Any) -> int:
-    return sum(_flat(value))
-
-
-def _span(values: Any) -> str:
-    found = sorted(set(values))
-    if not found:
-        return "-"
-    return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
 
 
 @click.command()
@@ -225,30 +164,14 @@ def export(part: str, base: str | None, output: str, as_json: bool, quiet: bool,
     """Write one part in the input's own format (LoRA in, LoRA out), or base + part."""
     how = Printing(as_json, quiet, verbose)
     from devec.api.export import export as run
-    from devec.api.references import load_vector
-    from devec.io.folder import check_output
+    from devec.api.references import load_vector, parse
+    from devec.core.errors import UsageError
 
-    check_output(Path(output), overwrite=o["overwrite"])
-    view = view_of(part, o)
-    vector = load_vector(part, base=base, view=view)
+    if parse(part).part is None:
+        raise UsageError(f"{part!r} names no part", remedy="Write ARTIFACT#unique:NAME, #shared:NAME or #shared:A+B.")
+    options.check_place(output, o["overwrite"], [base, part])
+    vector = load_vector(part, base=base, view=options.read_view(o))
     if o["dry_run"]:
         return dry(output, how, part=vector.name, tensors=len(vector.deltas))
     saving = saving_of("export", o, {"part": part.partition("#")[2], **options.read_time(o)})
     show.wrote(output, run(vector, output, base=base, saving=saving), how)
-
-
-def view_of(reference: str, o: dict[str, Any]) -> Any:
-    """The artifact's stored view with the read-time options changed; ``None`` if none was given."""
-    from dataclasses import replace
-
-    from devec.api.references import load_decomposition, parse
-    from devec.core.options import View
-
-    given = options.read_time(o)
-    if not given:
-        return None
-    if given.pop("paper", None):
-        return View.of_paper(**given)
-    path = parse(reference).path
-    stored = load_decomposition(path).view if (Path(path) / "spectra.json").exists() else View()
-    return replace(stored, **given)

@@ -87,25 +87,38 @@ class Decomposition:
 
     def pair_subspace(self, tensor: str, side: str, pair: Pair, owner: int | None = None) -> Tensor:
         """Orthonormal Z of what a pair shares (Eq. 10), in the view's pair basis."""
-        a = self.algebra[tensor, side]
-        i, j = min(pair), max(pair)
-        owner_position = 0 if owner is None or owner == i else 1
-        coefficients = subspace.pair_coefficients(
-            a.pairs[i, j], self.spectra[tensor, side, (i, j)].count, self.view.pair_basis, owner_position
-        )
-        factors = self.tensors[tensor]
-        return subspace.assemble([factors.basis(i, side), factors.basis(j, side)], coefficients)
+        return self._assembled(tensor, side, self.pair_coefficients(tensor, side, pair, owner))
 
     def joint_subspace(self, tensor: str, side: str) -> Tensor:
         """Orthonormal Z of what all vectors share (Eq. 8-10 for k vectors, or the consensus)."""
-        a = self.algebra[tensor, side]
-        keep = self.spectra[tensor, side, None].keep
+        return self._assembled(tensor, side, self.joint_coefficients(tensor, side))
+
+    def pair_coefficients(self, tensor: str, side: str, pair: Pair, owner: int | None = None) -> subspace.Coefficients:
+        """:meth:`pair_subspace` as ``{i: C_i}`` with ``Z = sum_i U_i C_i`` over vector indices."""
+        i, j = min(pair), max(pair)
+        found = subspace.pair_coefficients(
+            self.algebra[tensor, side].pairs[i, j],
+            self.spectra[tensor, side, (i, j)].count,
+            self.view.pair_basis,
+            0 if owner is None or owner == i else 1,
+        )
+        return {(i, j)[position]: C for position, C in found.items()}
+
+    def joint_coefficients(self, tensor: str, side: str) -> subspace.Coefficients:
+        """:meth:`joint_subspace` as ``{i: C_i}``."""
+        joint, keep = self.algebra[tensor, side].joint, self.spectra[tensor, side, None].keep
+        if isinstance(joint, subspace.ChainSpectrum):
+            found = subspace.chain_coefficients(joint, keep)
+        else:
+            assert isinstance(joint, subspace.ConsensusSpectrum)
+            found = {position: C[:, keep] for position, C in joint.coefficients.items()}
+        members = self.tensors[tensor].members
+        return {members[position]: C for position, C in found.items()}
+
+    def _assembled(self, tensor: str, side: str, coefficients: subspace.Coefficients) -> Tensor:
         factors = self.tensors[tensor]
-        bases = [factors.basis(i, side) for i in factors.members]
-        if isinstance(a.joint, subspace.ChainSpectrum):
-            return subspace.assemble(bases, subspace.chain_coefficients(a.joint, keep))
-        assert isinstance(a.joint, subspace.ConsensusSpectrum)
-        return subspace.assemble(bases, {i: C[:, keep] for i, C in a.joint.coefficients.items()})
+        bases = {i: factors.basis(i, side) for i in coefficients}
+        return subspace.assemble(bases, coefficients)
 
     def union_coordinates(self, tensor: str, side: str, vector: int) -> Tensor:
         """What ``vector`` shares with any of the others, in coordinates of its own basis: ``(r, d)``, orthonormal."""
@@ -136,21 +149,21 @@ class Decomposition:
 
     def removed(self, tensor: str, side: str, vector: int) -> Tensor | None:
         """Orthonormal Z whose projection is taken out of ``vector`` to leave its unique part; ``None`` if nothing."""
+        with one_blas_thread():
+            coefficients = self.removed_coefficients(tensor, side, vector)
+            return None if coefficients is None else self._assembled(tensor, side, coefficients)
+
+    def removed_coefficients(self, tensor: str, side: str, vector: int) -> subspace.Coefficients | None:
+        """:meth:`removed` as ``{i: C_i}``."""
         if (tensor, side) not in self.algebra or vector not in self.tensors[tensor].svd:
             return None
-        with one_blas_thread():
-            return self._removed(tensor, side, vector)
-
-    def _removed(self, tensor: str, side: str, vector: int) -> Tensor | None:
         if self.factoring.mode == "joint":
-            Z = self.joint_subspace(tensor, side)
+            found = self.joint_coefficients(tensor, side)
         elif self.view.paper and len(self.pool) == 2:
-            Z = self.pair_subspace(tensor, side, (0, 1))
+            found = self.pair_coefficients(tensor, side, (0, 1))
         else:
-            own = self.tensors[tensor].basis(vector, side)
-            Q = self.union_coordinates(tensor, side, vector)
-            Z = own @ Q.to(device=own.device, dtype=own.dtype)
-        return Z if Z.shape[1] else None
+            found = {vector: self.union_coordinates(tensor, side, vector)}
+        return found if next(iter(found.values())).shape[1] else None
 
     def shared_energy(self, tensor: str, vector: int) -> float:
         """Fraction of ``|W|_F^2`` in the shared part. Directions cut by the rank rule count as unique: exact for

@@ -62,7 +62,7 @@ def overlaps(bases: Sequence[Tensor]) -> Overlaps:
     return Overlaps(n, tuple(int(U.shape[1]) for U in bases), blocks)
 
 
-def assemble(bases: Sequence[Tensor], coefficients: Coefficients) -> Tensor:
+def assemble(bases: Sequence[Tensor] | Mapping[int, Tensor], coefficients: Coefficients) -> Tensor:
     """``Z = sum_i U_i C_i``, in the bases' dtype."""
     out: Tensor | None = None
     for i, C in coefficients.items():
