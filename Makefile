@@ -43,7 +43,7 @@ endif
 	@echo "== $(VENV) is ready"
 
 demo: $(VENV)/.ready-demo
-	@$(BIN)/devec demo $(ARGS)
+	@$(BIN)/devec demo --overwrite $(ARGS)
 
 test: $(VENV)/.ready-dev
 	@$(PYTEST) -n $(WORKERS) --maxprocesses 4 -m "not slow" $(ARGS)

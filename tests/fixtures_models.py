@@ -10,10 +10,14 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -192,3 +196,66 @@ def same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], tolerance:
         assert found[n].shape == w.shape, n
         worst = float(np.abs(found[n] - w).max(initial=0.0))
         assert worst <= tolerance * max(float(np.abs(w).max(initial=0.0)), 1e-3), (n, worst)
+
+
+# --- pytest ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of the command left: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("devec:")]
+
+    @property
+    def warnings(self) -> list[str]:
+        return re.findall(r"^warning \(([\w-]+)\):", self.err, re.MULTILINE)
+
+
+Runner = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return build_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return build_gpt2(tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def devec(capsys: pytest.CaptureFixture[str], work: Path) -> Runner:
+    """``devec("inspect", path, code=0)`` runs the command in this process, in an empty folder."""
+
+    def call(*args: object, code: int = 0) -> Outcome:
+        from devec.cli.main import run
+
+        capsys.readouterr()
+        found = run([str(a) for a in args])
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err, printed.err
+        assert found == code, f"exit code {found}, wanted {code}\n{printed.out}{printed.err}"
+        return Outcome(found, printed.out, printed.err)
+
+    return call
