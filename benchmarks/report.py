@@ -20,8 +20,8 @@ HERE = Path(__file__).parent
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 
 COLUMNS = (
-    *("case", "n", "rank", "parts", "literal", "devec", "ratio", "cpu", "least", "", "found"),
-    *("Δλ lit.", "Δλ exact", "Δ parts"),
+    *("case", "n", "rank", "parts", "literal", "devec", "ratio", "cpu", "least", "verdict", "found"),
+    *("Δλ lit", "Δλ exact", "Δ parts"),
 )
 STAGES = ("case", "n", "rank", "parts", "factor", "overlap", "apply")
 TIMINGS = ("case", "n", "where", "pair", "factor", "overlap", "apply", "Δλ")
@@ -87,7 +87,7 @@ def _print_rows(console: Console, rows: list[Row], threads: int) -> None:
         last = i + 1 < len(rows) and (rows[i + 1].case, rows[i + 1].n) != (row.case, row.n)
         table.add_row(*cells(row), style=style, end_section=last)
     console.print(table)
-    console.print("ratio: wall time, cpu: processor time; ~: the literal run above; Δ: largest differences", style="dim")
+    console.print("ratio: wall time, cpu: processor time; ~: literal time of the row above; Δ: difference", style="dim")
 
 
 def stage_lines(rows: list[Row]) -> list[tuple[str, ...]]:

@@ -154,6 +154,10 @@ def deltas(folder: str | Path) -> dict[str, np.ndarray]:
     config = json.loads((Path(folder) / "adapter_config.json").read_text())
     found = {}
     for key, B in tensors.items():
+        if ".lora_embedding_B" in key:
+            module = key.removeprefix("base_model.model.").split(".lora_embedding_B")[0]
+            assert not config["use_rslora"] and config["lora_alpha"] == config["r"]
+            found[f"{module}.weight"] = (B @ tensors[key.replace("embedding_B", "embedding_A")]).T
         if ".lora_B." not in key:
             continue
         module = key.removeprefix("base_model.model.").split(".lora_B")[0]

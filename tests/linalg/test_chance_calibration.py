@@ -133,7 +133,9 @@ def test_false_discovery_rate_at_adapter_sizes(r: int, n: int) -> None:
     assert power > 0.5
 
 
-@pytest.mark.parametrize(("ranks", "n", "kind"), [((61, 96, 61, 72, 72, 88, 64), 384, "consensus"), ((61, 96, 61, 72), 384, "chain")])
+@pytest.mark.parametrize(
+    ("ranks", "n", "kind"), [((61, 96, 61, 72, 72, 88, 64), 384, "consensus"), ((61, 96, 61, 72), 384, "chain")]
+)
 def test_joint_nulls_drawn_at_a_smaller_size_err_on_the_safe_side(
     ranks: tuple[int, ...], n: int, kind: chance.JointKind
 ) -> None:

@@ -17,7 +17,7 @@ def column_basis(W: Tensor, rank: int | None = None, rtol: float = 1e-10) -> Ten
     """Eq. (6): left singular vectors; the numerical rank decides how many unless ``rank`` does."""
     U, S, _ = torch.linalg.svd(W.double(), full_matrices=False)
     if rank is None:
-        rank = int((S > rtol * S[0]).sum()) if S.numel() and S[0] > 0 else 0
+        rank = int((rtol * S[0] < S).sum()) if S.numel() and S[0] > 0 else 0
     return U[:, :rank]
 
 

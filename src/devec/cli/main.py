@@ -95,6 +95,7 @@ def run(argv: list[str]) -> int:
     # Set before torch is imported: the engine works on several tensors at once, and a team of threads inside each of
     # its small products only gets in the way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads must not spin where others work
     try:
         result = cli.main(args=argv, prog_name="devec", standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -26,7 +26,7 @@ from devec.core.options import Factoring, View
 from devec.core.results import TensorFactors
 from devec.core.vectors import Pool, TaskVector
 from devec.linalg.lowrank import ThinSVD
-from devec.linalg.numerics import CORE, NonFiniteError, compute_dtype, peak
+from devec.linalg.numerics import CORE, NonFiniteError, compute_dtype, one_blas_thread, peak
 from devec.linalg.rank import RankRule, select_rank
 from devec.linalg.subspace import Overlaps
 
@@ -133,7 +133,8 @@ class SharedUniqueRows:
         T = {i: _tall(d).to(CORE) for i, d in _present(part)}
         for i, rows in T.items():
             _check(rows, part, i)
-        grams = {(i, j): G + T[i].T @ T[j] for (i, j), G in state.grams.items()}
+        with one_blas_thread():  # the same bytes on every machine; blocks are what runs in parallel
+            grams = {(i, j): G + T[i].T @ T[j] for (i, j), G in state.grams.items()}
         count = next((int(x.shape[0]) for x in T.values()), 0)
         return RowState(state.name, state.vectors, state.columns, state.right, grams, state.rows + count)
 
@@ -146,6 +147,10 @@ class SharedUniqueRows:
 
     def solve(self, state: RowState) -> RowSolution:
         """Decide what is shared, for the whole tensor, from the sums alone."""
+        with one_blas_thread():
+            return self._solve(state)
+
+    def _solve(self, state: RowState) -> RowSolution:
         bases = {i: self._basis(state, i) for i in state.right}
         alive = {i: b for i, b in bases.items() if b.rank}
         pool = Pool(tuple(TaskVector(name, {}, {}) for name in state.vectors))
@@ -171,12 +176,13 @@ class SharedUniqueRows:
         """``{"unique:A": ..., "shared:A": ...}`` for the rows of ``part``; only the target's in mode target."""
         d, present = solution.decomposition, dict(_present(part))
         out: dict[str, Delta] = {}
-        for i, delta in present.items():
-            if d.target is not None and i != d.target:
-                continue
-            shared = self._shared(solution.removals.get(i), delta, present)
-            out[f"shared:{part.vectors[i]}"] = shared
-            out[f"unique:{part.vectors[i]}"] = _minus(delta, shared)
+        with one_blas_thread():
+            for i, delta in present.items():
+                if d.target is not None and i != d.target:
+                    continue
+                shared = self._shared(solution.removals.get(i), delta, present)
+                out[f"shared:{part.vectors[i]}"] = shared
+                out[f"unique:{part.vectors[i]}"] = _minus(delta, shared)
         return out
 
     # -- pieces ----------------------------------------------------------------------------------------------------
