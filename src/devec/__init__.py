@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from devec.api.mix import mix as mix
     from devec.api.negate import negate as negate
     from devec.api.references import load_decomposition as load_decomposition
-    from devec.api.references import load_vector as load
+    from devec.api.references import load_vector as load  # noqa: F401
     from devec.api.references import open_model as open_model
     from devec.core.decomposition import Decomposition as Decomposition
     from devec.core.delta import DenseDelta as DenseDelta
@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     from devec.core.vectors import analogy as analogy
     from devec.io.checkpoint import Checkpoint as Checkpoint
     from devec.io.names import Selection as Selection
-    from devec.io.verify import verify_output as verify
+    from devec.io.verify import verify_output as verify  # noqa: F401
     from devec.methods.registry import register as register
 
 

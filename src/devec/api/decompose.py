@@ -127,7 +127,10 @@ def factorise(
         )
 
     def job(name: str) -> TensorFactors:
-        return shared_unique(pool.block(name).on(device), factoring).on(torch.device("cpu"))
+        factors = shared_unique(pool.block(name).on(device), factoring).on(torch.device("cpu"))
+        # Row-major, as a file holds them: parts read from disk are then the same to the last bit.
+        rows = {i: replace(s, U=s.U.contiguous(), V=s.V.contiguous()) for i, s in factors.svd.items()}
+        return replace(factors, svd=rows)
 
     results = ordered_map(job, names, workers=1 if device.type == "cuda" else workers, progress=progress)
     return {t.name: t for t in results}

@@ -1,4 +1,4 @@
-"""``demo``: the main job on real data that ships with scikit-learn, with its controls, from pictures to a merged model."""
+"""``demo``: the main job on real data that ships with scikit-learn, with its controls and a merged model."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def silent(_stage: str) -> None:
     """No progress."""
 
 
-def demo(out: str | Path = "devec-demo", *, overwrite: bool = False, seed: int = 0, stage: Stage = silent) -> dict[str, Any]:
+def demo(
+    out: str | Path = "devec-demo", *, overwrite: bool = False, seed: int = 0, stage: Stage = silent
+) -> dict[str, Any]:
     """Train seven tasks on one small network, decompose their task vectors, merge them in every way, and compare.
 
     Writes ``models/``, ``decomposition/``, ``merged/`` (the best DeVec merge by the selection split), pictures,
@@ -133,7 +135,8 @@ class _Demo:
         models = self.folder / "models"
         sources = [str(models / f"{t.name}.safetensors") for t in self.tasks]
         chosen = Selection((r"^encoder\.",), ())
-        self.d, self.comparison = compare(sources, base=str(models / "base.safetensors"), selection=chosen, seed=self.seed)
+        base = str(models / "base.safetensors")
+        self.d, self.comparison = compare(sources, base=base, selection=chosen, seed=self.seed)
         self.joint = decompose(self.d.pool, mode="joint", seed=self.seed)
         self.summary = save_decomposition(self.d, self.folder / "decomposition")
         self._lap("decomposition")
@@ -160,7 +163,7 @@ class _Demo:
         for lam in LAMBDAS:
             params = merge(self.base, vectors, torch.full((len(vectors),), lam, dtype=torch.float64))
             tried.append((mean(self._scores(params, "select").values()), -lam, params))
-        score, negative, params = max(tried, key=lambda x: (x[0], x[1]))
+        _, negative, params = max(tried, key=lambda x: (x[0], x[1]))
         return -negative, params
 
     def _learned(
@@ -235,7 +238,7 @@ class _Demo:
                 self.stage(f"control for threshold {label}: random directions, draw {draw + 1} of {DRAWS}")
                 states = [self._state(random_shared(d, pair, draw)) for pair in pairs]
                 start = [self.scale] * len(self.vectors) + [0.0] * len(states)
-                c, params = self._learned([*self.vectors, *states], start)
+                _, params = self._learned([*self.vectors, *states], start)
                 row.scores.append(self._scores(params, "test"))
                 row.select.append(mean(self._scores(params, "select").values()))
             row.detail = f"{len(self.vectors) + len(pairs)} learned, {DRAWS} draws"
@@ -278,12 +281,15 @@ class _Demo:
 
     def _table(self) -> Table:
         rows = [
-            {"method": r.method, "scores": r.per_task, "mean_spread": r.spread, "select": mean(r.select), "detail": r.detail}
+            {
+                "method": r.method, "scores": r.per_task, "mean_spread": r.spread, "select": mean(r.select),
+                "detail": r.detail,
+            }
             for r in self.rows
         ]
         note = (
-            "Accuracy in % on the test split. Scales are chosen and coefficients learned on the selection split; the spread is "
-            "over draws. Random directions have the rank and norm of the shared vectors that they stand in for."
+            "Accuracy in % on the test split. Scales are chosen and coefficients learned on the selection split; the "
+            "spread is over draws. Random directions have the rank and norm of the vectors that they stand in for."
         )
         return score_table("Seven tasks, one network", rows, [t.name for t in self.tasks], note)
 
@@ -304,8 +310,8 @@ class _Demo:
         )
         sections = [
             Section("What was done", [
-                "One small network was pre-trained on a little of every task, then fine-tuned on each task with its head "
-                "frozen. The seven differences are task vectors; devec split each into what it shares with others and "
+                "One small network was pre-trained on a little of every task, then fine-tuned on each task with its "
+                "head frozen. The seven differences are task vectors; devec split each into what it shares with others and "
                 "what is unique to it, and merged them in several ways.", tasks]),
             Section("Result", [table, *reading, Picture(self.folder / "scores.png", "accuracy of every method")]),
             Section("What the vectors share", [
@@ -341,14 +347,14 @@ class _Demo:
             spread = 100 * (control.spread or 0.0)
             verdict = "beyond" if abs(gain) > 2 * spread else "within"
             lines.append(
-                f"Adding the pairs' shared vectors at threshold {label} scores {gain:+.2f} points against random directions "
-                f"of the same rank and norm, {verdict} twice their spread over draws ({spread:.2f})."
+                f"Adding the pairs' shared vectors at threshold {label} scores {gain:+.2f} points against random "
+                f"directions of the same rank and norm, {verdict} twice their spread over draws ({spread:.2f})."
             )
         lines.append(
-            "This is one seed of a small network: over seeds plain task arithmetic moves by about four points, so look at "
-            "--seed 1 and 2 before you conclude anything."
+            "This is one seed of a small network: over seeds plain task arithmetic moves by about four points, so look "
+            "at --seed 1 and 2 before you conclude anything."
         )
-        lines.append(f"Written as merged.safetensors: {best.method}, the best of the DeVec rows on the selection split.")
+        lines.append(f"Written as merged.safetensors: {best.method}, the best DeVec row on the selection split.")
         return lines
 
 

@@ -126,7 +126,7 @@ def delta_of(
     notes = []
     if integers:
         notes.append(
-            Finding("integer-copied", f"{name}: {len(integers)} integer tensors are left to the base", tuple(integers))
+            Finding("integer-copied", f"{name}: the base's integers are kept ({len(integers)})", tuple(integers))
         )
     return vector, notes
 

@@ -226,7 +226,8 @@ class SparseDelta(Delta):
             raise ValueError(f"sparse delta indices must be int64, got {self.indices.dtype}")
         if self.indices.numel() and bool((self.indices[1:] <= self.indices[:-1]).any()):
             raise ValueError("sparse delta indices must be strictly increasing")
-        if self.indices.numel() and not 0 <= int(self.indices[0]) <= int(self.indices[-1]) < self.size[0] * self.size[1]:
+        end = self.size[0] * self.size[1]
+        if self.indices.numel() and not 0 <= int(self.indices[0]) <= int(self.indices[-1]) < end:
             raise ValueError(f"sparse delta index outside a matrix {self.size}")
 
     @property

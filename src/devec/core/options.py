@@ -89,12 +89,12 @@ class View:
     paper: bool = False
 
     def __post_init__(self) -> None:
-        if self.threshold != "chance":
-            if isinstance(self.threshold, (str, bool)) or not 0.0 <= self.threshold <= 1.0:
-                raise UsageError(
-                    f"a threshold is a number from 0 to 1, or 'chance', not {self.threshold!r}",
-                    remedy="The default is 0.85.",
-                )
+        number = not isinstance(self.threshold, (str, bool)) and 0.0 <= self.threshold <= 1.0
+        if self.threshold != "chance" and not number:
+            raise UsageError(
+                f"a threshold is a number from 0 to 1, or 'chance', not {self.threshold!r}",
+                remedy="The default is 0.85.",
+            )
         if not 0.0 < self.fdr < 1.0:
             raise UsageError(f"a false discovery rate lies between 0 and 1, not {self.fdr!r}")
         _one_of("pair basis", self.pair_basis, ("bisector", "first", "own"))

@@ -247,7 +247,8 @@ class Pool:
             name=name,
             layout=self.layout(name),
             vectors=self.names,
-            deltas=tuple(v.deltas[name] if name in v.deltas else None for v in self.vectors),
+            # Not ``get``: it would take a KeyError raised while a delta is made for a tensor that is missing.
+            deltas=tuple(v.deltas[name] if name in v.deltas else None for v in self.vectors),  # noqa: SIM401
         )
 
     def blocks(self) -> Iterator[Block]:

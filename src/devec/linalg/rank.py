@@ -83,7 +83,7 @@ def nuclear_rank(s: Tensor, fraction: float) -> int:
 
 
 def hard_threshold_coefficient(beta: float) -> float:
-    """lambda(beta) of Gavish and Donoho (arXiv:1305.5870), Eq. (11): threshold = lambda sqrt(max(n, m)) sigma, beta = min/max."""
+    """lambda(beta) of Gavish and Donoho (arXiv:1305.5870), Eq. (11): threshold lambda sqrt(max(n, m)) sigma."""
     return sqrt(2 * (beta + 1) + 8 * beta / ((beta + 1) + sqrt(beta * beta + 14 * beta + 1)))
 
 

@@ -91,8 +91,8 @@ class PairSpectrum:
 
 
 def pair_spectrum(M: Tensor) -> PairSpectrum:
-    """Prop. 3.1, Eq. (8), (9) for two vectors, reduced exactly: the eigenpairs of ``P_1 P_2 = U_1 U_1^T U_2 U_2^T`` with nonzero
-    eigenvalue are ``(cos^2 theta_j, U_1 a_j)`` with ``M = A diag(cos theta) B^T``. min(r_1, r_2) values.
+    """Prop. 3.1, Eq. (8), (9) for two vectors, reduced exactly: eigenpairs of ``P_1 P_2 = U_1 U_1^T U_2 U_2^T`` with
+    nonzero eigenvalue are ``(cos^2 theta_j, U_1 a_j)`` with ``M = A diag(cos theta) B^T``. min(r_1, r_2) values.
 
     The literal ``eig`` of the n x n product returns non-orthogonal vectors when eigenvalues coincide (100 directions
     shared exactly: shared component wrong by 71 %); the SVD does not.
