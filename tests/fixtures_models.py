@@ -229,6 +229,21 @@ class Outcome:
 Runner = Callable[..., Outcome]
 
 
+def refused(said: Outcome, *words: str, out: str = "out") -> str:
+    """One line that says everything, and no trace of the output."""
+    strange = [
+        line for line in said.err.splitlines() if line and not line.startswith(("devec: ", "warning (", "note: "))
+    ]
+    assert strange == [] and len(said.errors) == 1, said.err
+    line = said.errors[0]
+    for word in words:
+        assert word in line, line
+    assert not Path(out).exists()
+    leftovers = [p.name for p in Path.cwd().rglob("*") if ".partial-" in p.name or ".replaced-" in p.name]
+    assert leftovers == []
+    return line
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return build_llama(tmp_path_factory.mktemp("llama"))

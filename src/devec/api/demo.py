@@ -311,8 +311,8 @@ class _Demo:
         sections = [
             Section("What was done", [
                 "One small network was pre-trained on a little of every task, then fine-tuned on each task with its "
-                "head frozen. The seven differences are task vectors; devec split each into what it shares with others and "
-                "what is unique to it, and merged them in several ways.", tasks]),
+                "head frozen. The seven differences are task vectors; devec split each into what it shares with others "
+                "and what is unique to it, and merged them in several ways.", tasks]),
             Section("Result", [table, *reading, Picture(self.folder / "scores.png", "accuracy of every method")]),
             Section("What the vectors share", [
                 Picture(self.folder / "spectra.png", "eigenvalues of overlaps per tensor", "cos² of principal angles; "

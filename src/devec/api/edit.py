@@ -109,9 +109,9 @@ class Edited:
 
     def blame(self, name: str) -> None:
         """After ``get(name)`` was not finite: raise InputError for the input that is not, if one is."""
-        _check_finite(self.base.get(name), name, self.base.file_of(name), "the base")
+        check_finite(self.base.get(name), name, self.base.file_of(name), "the base")
         for _, vector, own, _ in self.terms.get(name, []):
-            _check_finite(vector.deltas[own].dense(), own, vector.origin.file, vector.name)
+            check_finite(vector.deltas[own].dense(), own, vector.origin.file, vector.name)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor in memory, tied names included."""
@@ -119,7 +119,8 @@ class Edited:
         return {**out, **{alias: out[name] for alias, name in self.ties.items()}}
 
 
-def _check_finite(value: Tensor, name: str, file: str | None, what: str) -> None:
+def check_finite(value: Tensor, name: str, file: str | None, what: str) -> None:
+    """Raises InputError (exit 3) for NaN or infinity in ``value``, a tensor of ``what``."""
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise InputError(
             f"NaN or infinity in {what}", tensor=name,

@@ -10,7 +10,7 @@ import torch
 
 from devec.core.contracts import TensorSource
 from devec.core.delta import Delta, DenseDelta, LowRankDelta
-from devec.core.errors import IncompatibleError
+from devec.core.errors import IncompatibleError, InputError
 from devec.core.layout import Layout
 from devec.core.results import Finding
 from devec.core.vectors import Origin, TaskVector
@@ -18,6 +18,7 @@ from devec.io.artifact import Source, SourcedMap
 from devec.io.checkpoint import Checkpoint
 from devec.io.names import Selection, nearest
 from devec.linalg.lowrank import svd_of_dense, svd_of_product
+from devec.linalg.numerics import NonFiniteError
 from devec.linalg.rank import RankRule
 
 
@@ -172,10 +173,16 @@ def to_lora(
             errors[n] = 1.0
             continue
         delta = vector.deltas[n]
-        if isinstance(delta, LowRankDelta):
-            svd = svd_of_product(delta.B, delta.A, rule)
-        else:
-            svd = svd_of_dense(delta.dense(), rule, exact=rank is None, key=(vector.name, n))
+        try:
+            if isinstance(delta, LowRankDelta):
+                svd = svd_of_product(delta.B, delta.A, rule)
+            else:
+                svd = svd_of_dense(delta.dense(), rule, exact=rank is None, key=(vector.name, n))
+        except NonFiniteError:
+            raise InputError(
+                f"NaN or infinity in {vector.name}", tensor=n, file=vector.origin.file,
+                remedy="Repair the file, or leave the tensor out with --exclude.",
+            ) from None
         errors[n] = max(1.0 - svd.energy_kept, 0.0) ** 0.5
         root = svd.S.sqrt().to(svd.U.dtype)
         factored[n] = LowRankDelta(svd.U * root, root[:, None] * svd.V.T)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from devec.api.decompose import input_record, source_paths
-from devec.api.edit import Edited
+from devec.api.edit import Edited, check_finite
 from devec.core.contracts import TensorSource
 from devec.core.errors import DevecError, IncompatibleError, RefusedError, UsageError
 from devec.core.provenance import InputRecord, Provenance
@@ -110,13 +110,16 @@ def save_model(model: TensorSource, out: str | Path, saving: Saving, base_models
 
 
 @contextmanager
-def naming_the_output(out: str | Path, model: TensorSource | None = None) -> Iterator[None]:
+def naming_the_output(out: str | Path, source: TensorSource | TaskVector) -> Iterator[None]:
     """Errors name what the user gave: the input that is not finite, and never the temporary folder."""
     try:
         yield
     except DevecError as error:
-        if isinstance(error, IncompatibleError) and error.tensor is not None and isinstance(model, Edited):
-            model.blame(error.tensor)
+        if isinstance(error, IncompatibleError) and error.tensor is not None:
+            if isinstance(source, Edited):
+                source.blame(error.tensor)
+            elif isinstance(source, TaskVector) and error.tensor in source.deltas:
+                check_finite(source.deltas[error.tensor].dense(), error.tensor, source.origin.file, source.name)
         if error.file is not None and ".partial-" in error.file:
             error.file = str(out)
         raise
@@ -127,7 +130,7 @@ def save_vector(
 ) -> WrittenModel:
     """A vector whose deltas are all factored, as an adapter in the dialect that it came in (PEFT if in none)."""
     check_adapter_place(out, vector)
-    with naming_the_output(out):
+    with naming_the_output(out, vector):
         return write_adapter(
             Path(out),
             original_spelling(vector),
@@ -169,7 +172,7 @@ def save_artifact(vector: TaskVector, out: str | Path, saving: Saving) -> Path:
     if Path(out).suffix == ".safetensors":
         raise UsageError("a task vector is a folder, not one file", file=out, remedy="Give -o a folder's name.")
     place = OutputFolder(Path(out), overwrite=saving.overwrite, inputs=saving.kept)
-    with naming_the_output(out), place as folder:
+    with naming_the_output(out, vector), place as folder:
         artifact.write_task_vector(folder.path, vector, saving.out_dtype or saving.dtype)
         write_records(folder.path, saving.provenance(), summary=saving.summary)
     return Path(out)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from devec.core.delta import Delta, LowRankDelta
 from devec.core.errors import UsageError
 from devec.core.options import Factoring, View
-from devec.core.results import Finding, Spectrum, TensorFactors
+from devec.core.results import Finding, Spectrum, Subspace, TensorFactors
 from devec.core.spectra import Key, Pair, SideAlgebra, decide, side_algebra, sides_of
 from devec.core.split import RowSplit, fused_name, join_rows
 from devec.core.vectors import LazyMap, Pool, TaskVector
@@ -164,6 +164,17 @@ class Decomposition:
         else:
             found = {vector: self.union_coordinates(tensor, side, vector)}
         return found if next(iter(found.values())).shape[1] else None
+
+    def subspace(self, tensor: str, vector: str, side: Literal["left", "right"] = "left") -> Subspace:
+        """What ``vector`` shares in ``tensor``: the directions whose projection its unique part lacks (Eq. 10, 11).
+
+        Zero-dimensional where nothing is shared. ``Subspace.project`` and ``residual`` apply it to any matrix.
+        """
+        Z = self.removed(tensor, side, self.index(vector))
+        if Z is None:
+            factors = self.tensors[tensor]
+            Z = torch.zeros(factors.side_length(side), 0, dtype=getattr(torch, self.factoring.dtype))
+        return Subspace(Z)
 
     def shared_energy(self, tensor: str, vector: int) -> float:
         """Fraction of ``|W|_F^2`` in the shared part. Directions cut by the rank rule count as unique: exact for

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from devec.core.layout import Layout
+from devec.linalg import chance
 from devec.linalg.lowrank import ThinSVD
 from devec.linalg.subspace import Overlaps, overlaps
 
@@ -77,12 +80,30 @@ class TensorFactors:
         return overlaps([self.basis(i, side) for i in self.members])
 
 
+@dataclass(frozen=True, eq=False)
+class Chance:
+    """The p-values of a spectrum, drawn when first asked for: a null of new ranks takes a fraction of a second to
+    several seconds, and a part cut at a number needs none. ``kind`` is "pair", "consensus" or "chain"."""
+
+    eigenvalues: Tensor
+    ranks: tuple[int, ...]
+    n: int
+    kind: Literal["pair", "consensus", "chain"]
+
+    @cached_property
+    def p_values(self) -> Tensor:
+        if self.kind == "pair":
+            r1, r2 = self.ranks
+            return chance.pair_p_values(self.eigenvalues, r1, r2, self.n)
+        return chance.joint_p_values(self.eigenvalues, self.ranks, self.n, self.kind)
+
+
 @dataclass(frozen=True)
 class Spectrum:
     """Eigenvalues of one pair (or of all vectors jointly) of one tensor on one side, and what was decided.
 
     ``eigenvalues`` cos^2 (pairs), mean coverage (consensus) or real part (chain), descending
-    ``p_values``    chance of a null *largest* eigenvalue this large
+    ``p_values``    chance of a null *largest* eigenvalue this large (made when asked for)
     ``applied``     the threshold these eigenvalues were held against (mapped for k >= 3); with "chance" the smallest
                     eigenvalue that passed, or 1 if none did
     ``edge``        where independent subspaces of these ranks end, asymptotically (pairs; the largest pair for joint)
@@ -91,11 +112,15 @@ class Spectrum:
     """
 
     eigenvalues: Tensor
-    p_values: Tensor
+    chance: Chance
     applied: float
     edge: float
     keep: Tensor
     ties: int = 0
+
+    @property
+    def p_values(self) -> Tensor:
+        return self.chance.p_values
 
     @property
     def count(self) -> int:

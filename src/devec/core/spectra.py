@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from devec.core.options import Factoring, View
-from devec.core.results import Spectrum, TensorFactors
+from devec.core.results import Chance, Spectrum, TensorFactors
 from devec.linalg import chance, subspace
 from devec.linalg.numerics import TIE
 
@@ -30,6 +30,7 @@ class SideAlgebra:
     positions: Mapping[int, int]  # vector index -> index in overlaps
     pairs: Mapping[Pair, subspace.PairSpectrum]
     joint: subspace.ConsensusSpectrum | subspace.ChainSpectrum | None
+    chances: Mapping[Pair | None, Chance]  # kept here, so that another view draws no null again
 
 
 def sides_of(side: str) -> tuple[str, ...]:
@@ -62,7 +63,16 @@ def side_algebra(
         both = subspace.consensus_spectrum(M)
     elif joint == "chain":
         both = subspace.chain_spectrum(M)
-    return SideAlgebra(M, position, pairs, both)
+    n = factors.side_length(side)
+    chances: dict[Pair | None, Chance] = {
+        (i, j): Chance(s.eigenvalues, (M.ranks[position[i]], M.ranks[position[j]]), n, "pair")
+        for (i, j), s in pairs.items()
+    }
+    if isinstance(both, subspace.ChainSpectrum):
+        chances[None] = Chance(both.real, M.ranks, n, "chain")
+    elif both is not None:
+        chances[None] = Chance(both.mean, M.ranks, n, "consensus")
+    return SideAlgebra(M, position, pairs, both, chances)
 
 
 def decide(
@@ -76,12 +86,10 @@ def decide(
     spectra: dict[Key, Spectrum] = {}
     for (name, side), a in algebra.items():
         n = tensors[name].side_length(side)
-        for (i, j), s in a.pairs.items():
-            r1, r2 = a.overlaps.ranks[a.positions[i]], a.overlaps.ranks[a.positions[j]]
-            values = s.eigenvalues
-            spectra[name, side, (i, j)] = _against(
-                values, chance.pair_p_values(values, r1, r2, n), view.threshold, chance.edge(r1, r2, n), tie
-            )
+        for pair in a.pairs:
+            p = a.chances[pair]
+            r1, r2 = p.ranks
+            spectra[name, side, pair] = _against(p, view.threshold, chance.edge(r1, r2, n), tie)
         if a.joint is not None:
             spectra[name, side, None] = _joint(a, n, view, tie)
     if view.threshold == "chance":
@@ -89,7 +97,8 @@ def decide(
     return spectra
 
 
-def _against(values: Tensor, p: Tensor, threshold: float | str, edge: float, tie: float) -> Spectrum:
+def _against(p: Chance, threshold: float | str, edge: float, tie: float) -> Spectrum:
+    values = p.eigenvalues
     if isinstance(threshold, str):  # "chance": marked later, over all tensors at once
         return Spectrum(values, p, 1.0, edge, torch.zeros_like(values, dtype=torch.bool))
     keep = values > threshold - tie
@@ -100,20 +109,15 @@ def _joint(a: SideAlgebra, n: int, view: View, tie: float) -> Spectrum:
     ranks, k = a.overlaps.ranks, a.overlaps.k
     edge = max(chance.edge(ranks[i], ranks[j], n) for i in range(k) for j in range(i + 1, k))
     chain = isinstance(a.joint, subspace.ChainSpectrum)
-    if isinstance(a.joint, subspace.ChainSpectrum):
-        values = a.joint.real
-    else:
-        assert isinstance(a.joint, subspace.ConsensusSpectrum)
-        values = a.joint.mean
-    p = chance.joint_p_values(values, ranks, n, "chain" if chain else "consensus")
+    p = a.chances[None]
     if isinstance(view.threshold, str):
-        return _against(values, p, view.threshold, edge, tie)
+        return _against(p, view.threshold, edge, tie)
     tau = view.threshold
     if view.paper:
         mapped = tau
     else:
         mapped = subspace.chain_threshold(tau, k) if chain else subspace.consensus_threshold(tau, k)
-    spectrum = _against(values, p, mapped, edge, tie)
+    spectrum = _against(p, mapped, edge, tie)
     if isinstance(a.joint, subspace.ConsensusSpectrum):
         # A direction that one vector lacks can pass the mean of 14 or more; every vector must hold it.
         spectrum = replace(spectrum, keep=spectrum.keep & (a.joint.coverage.min(0).values > tau - tie))
