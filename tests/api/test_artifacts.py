@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fixtures_models import Models, Runner, deltas, difference, same, weights
 from safetensors.torch import load_file, save_file
 
 import devec
 from devec.core.vectors import TaskVector
 from devec.methods.decompose import shared_unique
+from fixtures_models import Models, Runner, deltas, difference, same, weights
 
 PARTS = ("unique:a", "shared:a", "shared:b", "original:b", "shared:a+b")
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fixtures_models import Models, Runner, deltas, difference, same, unique_part, weights
 from safetensors.torch import load_file, save_file
+
+from fixtures_models import Models, Runner, deltas, difference, same, unique_part, weights
 
 
 def test_extract_is_exact(devec: Runner, llama: Models) -> None:
@@ -53,7 +54,8 @@ def test_apply_adds_and_subtracts_and_loads_in_transformers(devec: Runner, llama
     from transformers import LlamaForCausalLM
 
     devec("extract", "--base", llama.base, "--model", llama.a, "-o", "tv")
-    devec("apply", "--base", llama.base, "--add", 0.5, "tv", "--add", 2, llama.la, "--subtract", 0.25, llama.b, "-o", "out")
+    terms = ["--add", 0.5, "tv", "--add", 2, llama.la, "--subtract", 0.25, llama.b]
+    devec("apply", "--base", llama.base, *terms, "-o", "out")
     W0, Wa, Wb, L = weights(llama.base), weights(llama.a), weights(llama.b), deltas(llama.la)
     wanted = {
         n: w if n == "model.steps" else w + 0.5 * (Wa[n] - w) - 0.25 * (Wb[n] - w) + 2 * L.get(n, 0.0)
@@ -121,7 +123,8 @@ def test_average_weights_and_method_parameters(devec: Runner, llama: Models) -> 
 
 
 def test_task_arithmetic(devec: Runner, llama: Models) -> None:
-    devec("merge", "--method", "task-arithmetic", "--base", llama.base, llama.a, llama.lb, "--set", "scale=0.4", "-o", "out")
+    words = ["--method", "task-arithmetic", "--base", llama.base, "--set", "scale=0.4"]
+    devec("merge", *words, llama.a, llama.lb, "-o", "out")
     W0, A, L, found = weights(llama.base), weights(llama.a), deltas(llama.lb), weights("out")
     for n in set(A) - {"model.steps"}:
         assert np.abs(found[n] - (W0[n] + 0.4 * (A[n] - W0[n] + L.get(n, 0.0)))).max() < 2e-6, n
@@ -139,7 +142,8 @@ def test_merge_of_adapters_stays_an_adapter(devec: Runner, llama: Models) -> Non
 
 
 def test_merge_of_adapters_on_a_base_is_a_checkpoint(devec: Runner, llama: Models) -> None:
-    devec("merge", "--method", "task-arithmetic", "--base", llama.base, llama.la, llama.lb, "--set", "scale=1", "-o", "out")
+    words = ["--method", "task-arithmetic", "--base", llama.base, "--set", "scale=1"]
+    devec("merge", *words, llama.la, llama.lb, "-o", "out")
     found, A, B = difference("out", llama.base), deltas(llama.la), deltas(llama.lb)
     same({n: found[n] for n in A}, {n: A[n] + B[n] for n in A}, 1e-5)
 
@@ -207,9 +211,8 @@ def test_negate_checkpoints(devec: Runner, llama: Models) -> None:
 
 def test_negate_pool_of_several(devec: Runner, llama: Models) -> None:
     """Three ways to write one pool."""
-    for i, words in enumerate(
-        (["--pool", llama.lb, llama.lc], ["--pool", llama.lb, "--pool", llama.lc], ["--pool", f"p={llama.lb},{llama.lc}"])
-    ):
+    b, c = llama.lb, llama.lc
+    for i, words in enumerate((["--pool", b, c], ["--pool", b, "--pool", c], ["--pool", f"p={b},{c}"])):
         devec("negate", "--target", llama.la, *words, "-o", f"o{i}")
     one = Path("o0/adapter_model.safetensors").read_bytes()
     assert one == Path("o1/adapter_model.safetensors").read_bytes() == Path("o2/adapter_model.safetensors").read_bytes()

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from fixtures_models import (
     Models,
     Runner,
@@ -19,7 +21,6 @@ from fixtures_models import (
     unique_part,
     weights,
 )
-from safetensors.torch import load_file
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

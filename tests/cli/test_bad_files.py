@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures_models import Models, Runner, refused
 from safetensors.torch import load_file, save_file
+
+from fixtures_models import Models, Runner, refused
 
 
 @pytest.fixture
@@ -122,10 +123,9 @@ def test_a_missing_and_an_extra_tensor(devec: Runner, llama: Models, work: Path)
     del kept["model.norm.weight"]
     save_file(kept, "less.safetensors")
     save_file({**tensors, "model.extra.weight": torch.ones(2)}, "more.safetensors")
-    refused(devec("extract", "--base", llama.base, "--model", "less.safetensors", "-o", "out", code=4), "lacks a tensor")
-    refused(
-        devec("extract", "--base", llama.base, "--model", "more.safetensors", "-o", "out", code=4), "its base lacks"
-    )
+    for name, word in (("less", "lacks a tensor"), ("more", "the base lacks")):
+        words = ["--base", llama.base, "--model", f"{name}.safetensors"]
+        refused(devec("extract", *words, "-o", "out", code=4), word)
 
 
 def test_another_base_by_fingerprint(devec: Runner, llama: Models) -> None:

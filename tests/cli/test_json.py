@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fixtures_models import Models, Outcome, Runner
 
 TOP = {"schema", "vectors", "mode", "threshold", "side", "tensors", "totals", "warnings"}

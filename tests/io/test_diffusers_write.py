@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,7 @@ from devec.core.errors import GuardError, RefusedError, SideStepError
 from devec.core.layout import Layout
 from devec.core.provenance import InputRecord, Provenance
 from devec.core.vectors import Origin, TaskVector
-from devec.io.adapters import read_adapter
-from devec.io.adapters import diffusers_write
+from devec.io.adapters import diffusers_write, read_adapter
 from devec.io.adapters.diffusers_write import to_diffusers, write_diffusers
 from devec.io.adapters.write import write_adapter
 from devec.io.verify import verify_output
@@ -129,7 +127,7 @@ def test_existing_outputs_and_inputs(tmp_path: Path) -> None:
             write_diffusers(
                 tmp_path / name, vector(), provenance=PROVENANCE, overwrite=True, inputs=[tmp_path / name]
             )
-    assert sorted(os.listdir(tmp_path)) == ["out", "out.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.safetensors"]
 
 
 @pytest.mark.parametrize("strict", [False, True])

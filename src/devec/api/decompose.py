@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from devec.api.references import load_pool, named_paths, open_model
 from devec.core.decomposition import Decomposition
@@ -128,12 +129,16 @@ def factorise(
 
     def job(name: str) -> TensorFactors:
         factors = shared_unique(pool.block(name).on(device), factoring).on(torch.device("cpu"))
-        # Row-major, as a file holds them: parts read from disk are then the same to the last bit.
-        rows = {i: replace(s, U=s.U.contiguous(), V=s.V.contiguous()) for i, s in factors.svd.items()}
+        # As a file holds them, strides and all: parts read from disk are then the same to the last bit.
+        rows = {i: replace(s, U=_row_major(s.U), V=_row_major(s.V)) for i, s in factors.svd.items()}
         return replace(factors, svd=rows)
 
     results = ordered_map(job, names, workers=1 if device.type == "cuda" else workers, progress=progress)
     return {t.name: t for t in results}
+
+
+def _row_major(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves one column its odd strides
 
 
 def find_splits(pool: Pool, base: Any) -> dict[str, RowSplit]:

@@ -56,8 +56,9 @@ def delta_of(
 ) -> tuple[TaskVector, list[Finding]]:
     """The lazy difference of two checkpoints, and a finding that names the integer tensors left out.
 
-    ``partial`` skips tensors of unlike shape or that one side lacks (used to reopen what was selected before).
+    ``base.role`` (default "base") is what messages call it. ``partial`` skips tensors of unlike shape or that one side lacks (used to reopen what was selected before).
     """
+    role = getattr(base, "role", "base")
     there = set(model.names())
     names, integers, layouts = [], [], {}
     for n in base.names():
@@ -69,28 +70,28 @@ def delta_of(
                 continue
             tied = model.ties.get(n)
             raise IncompatibleError(
-                "the model lacks a tensor of its base",
+                f"the model lacks a tensor of the {role}",
                 tensor=n,
-                values={"base": tuple(info.shape), "model": f"tied to {tied}" if tied else "missing",
+                values={role: tuple(info.shape), "model": f"tied to {tied}" if tied else "missing",
                         "nearest": ", ".join(nearest(n, there)) or "nothing like it"},
                 file=model.reference,
-                remedy="Use the base that the model was fine-tuned from, or leave the tensor out with --exclude.",
+                remedy="Use models of one architecture and the base that they share, or leave the tensor out with --exclude.",
             )
         other = model.info(n)
         if tuple(info.shape) != tuple(other.shape):
             if partial:
                 continue
             raise IncompatibleError(
-                "a tensor has another shape than in the base",
+                f"a tensor has another shape than in the {role}",
                 tensor=n,
-                values={"base": tuple(info.shape), "model": tuple(other.shape)},
+                values={role: tuple(info.shape), "model": tuple(other.shape)},
                 file=model.file_of(n),
-                remedy="Leave it out with --exclude (heads, resized vocabularies), or use the right base.",
+                remedy=f"Leave it out with --exclude (heads, resized vocabularies), or use the right {role}.",
             )
         if info.dtype.is_floating_point != other.dtype.is_floating_point:
             raise IncompatibleError(
                 "a tensor is an integer on one side and a float on the other",
-                tensor=n, values={"base": info.dtype, "model": other.dtype}, file=model.file_of(n),
+                tensor=n, values={role: info.dtype, "model": other.dtype}, file=model.file_of(n),
                 remedy="Leave it out with --exclude.",
             )
         if not info.dtype.is_floating_point:
@@ -101,12 +102,12 @@ def delta_of(
     extra = [n for n in model.names() if n not in set(base.names()) and selection.keeps(n)]
     if extra and not partial:
         raise IncompatibleError(
-            "the model has a tensor that its base lacks",
+            f"the model has a tensor that the {role} lacks",
             tensor=extra[0],
-            values={"model": tuple(model.info(extra[0]).shape), "base": "missing",
+            values={"model": tuple(model.info(extra[0]).shape), role: "missing",
                     "nearest": ", ".join(nearest(extra[0], base.names())) or "nothing like it"},
             file=model.reference,
-            remedy="Use the base that the model was fine-tuned from, or leave the tensor out with --exclude.",
+            remedy="Use models of one architecture and the base that they share, or leave the tensor out with --exclude.",
         )
 
     def make(n: str) -> Delta:
@@ -127,7 +128,7 @@ def delta_of(
     notes = []
     if integers:
         notes.append(
-            Finding("integer-copied", f"{name}: the base's integers are kept ({len(integers)})", tuple(integers))
+            Finding("integer-copied", f"{name}: the {role}'s integers are kept ({len(integers)})", tuple(integers))
         )
     return vector, notes
 

@@ -32,6 +32,8 @@ class ZeroBase:
     Integer tensors, and those that the selection leaves out, are the model's own: copied, never averaged.
     """
 
+    role = "first model"
+
     def __init__(self, like: TensorSource, selection: Selection) -> None:
         self.like, self.selection = like, selection
 

@@ -148,12 +148,12 @@ def decomposition(summary: Mapping[str, Any], how: Printing) -> None:
     totals, tensors = summary["totals"], list(summary["tensors"].values())
     rows = []
     for name, energy in totals["shared_energy"].items():
-        ranks = [t["rank"].get(name, 0) for t in tensors]
+        ranks = [t["rank"][name] for t in tensors if name in t["rank"]]
         kept = [t["energy_kept"][name] for t in tensors if name in t["energy_kept"]]
         rows.append((name, _span(ranks), f"{median(kept):.1%}" if kept else None, f"{energy:.2%}"))
+    listed = ", ".join(summary["vectors"]) if len(summary["vectors"]) < 4 else f"{len(summary['vectors'])} vectors"
     table(
-        f"{summary['mode']} decomposition of {', '.join(summary['vectors'])}: side {summary['side']}, threshold "
-        f"{summary['threshold']}",
+        f"{summary['mode']} decomposition of {listed}: side {summary['side']}, threshold {summary['threshold']}",
         ["vector", "rank per tensor", "energy kept (median)", "energy called shared"],
         rows,
         how,
