@@ -32,7 +32,7 @@ def test_saved_and_loaded_parts_are_identical(kind: str, llama: Models, devec_ru
     if kind == "task-vectors":
         for task in "ab":
             devec_run("extract", "--base", base, "--model", getattr(llama, task), "-o", f"tv_{task}")
-        sources = ["tv_a", "tv_b"]
+        sources = ["a=tv_a", "b=tv_b"]
     if kind == "memory":
         sources = [(0.5 * devec.extract(base, getattr(llama, t))).named(t) for t in "ab"]
     d = devec.decompose(sources, base=base)
@@ -131,7 +131,7 @@ def test_a_dense_input_that_changed_is_refused(which: str, llama: Models, devec_
 def test_a_task_vector_that_changed_is_refused(llama: Models, devec_run: Runner) -> None:
     for task in "ab":
         devec_run("extract", "--base", llama.base, "--model", getattr(llama, task), "-o", f"tv_{task}")
-    devec_run("decompose", "tv_a", "tv_b", "-o", "parts")
+    devec_run("decompose", "a=tv_a", "b=tv_b", "-o", "parts")
     devec_run("extract", "--base", llama.base, "--model", llama.c, "-o", "tv_a", "--overwrite")
     said = devec_run("apply", "--base", llama.base, "--add", 1, "parts#unique:a", "-o", "out", code=4)
     assert "has changed since it was decomposed" in said.errors[0]

@@ -283,3 +283,45 @@ def test_heads_ride_along_only_when_asked(devec: Runner, llama: Models) -> None:
     devec("apply", "--base", llama.base, "--add", 1, "la", "--heads-from", "la", "-o", "v")
     assert (weights("v")["lm_head.weight"] == 1).all()
     assert "names no input" in devec("mix", "la", "lb", "--heads-from", "lx", "-o", "x", code=2).errors[0]
+
+
+def test_a_value_too_large_for_the_output_is_refused_by_name(devec: Runner, llama: Models) -> None:
+    words = ["apply", "--base", llama.base, "--add", 1e6, llama.la, "-o", "out"]
+    said = devec(*words, "--out-dtype", "float16", code=5)
+    assert "too large for float16" in said.errors[0] and "down_proj" in said.errors[0] and "partial" not in said.err
+    assert not Path("out").exists()
+    devec(*words, "--out-dtype", "bfloat16")
+
+
+def test_shards_are_written_and_read(devec: Runner, llama: Models) -> None:
+    from transformers import LlamaForCausalLM
+
+    devec("merge", "--method", "average", llama.a, llama.b, "--shard-size", "20kB", "-o", "many")
+    devec("merge", "--method", "average", llama.a, llama.b, "-o", "one")
+    assert len(list(Path("many").glob("model-*.safetensors"))) > 3
+    whole = load_file("one/model.safetensors")
+    state = LlamaForCausalLM.from_pretrained("many").state_dict()
+    assert all(torch.equal(t, whole[n]) for n, t in state.items())
+    devec("merge", "--method", "average", "many", "-o", "again")
+    assert Path("again/model.safetensors").read_bytes() == Path("one/model.safetensors").read_bytes()
+
+
+def test_names_with_brackets_are_printed_as_they_are(devec: Runner, llama: Models) -> None:
+    import shutil
+
+    shutil.copytree(llama.la, "k[bold]x:smile:")
+    assert "k[bold]x:smile:" in devec("inspect", "k[bold]x:smile:").out
+
+
+def test_base_plus_adapter_as_a_base_is_another_base(devec: Runner, llama: Models) -> None:
+    """BASE+ADAPTER is a model of its own: adapters add to it, vectors taken against BASE are refused."""
+    under = f"{llama.base}+{llama.lb}"
+    devec("apply", "--base", under, "--add", 1, llama.la, "-o", "out")
+    A, B, found = deltas(llama.la), deltas(llama.lb), difference("out", llama.base)
+    same({n: found[n] for n in A}, {n: A[n] + B[n] for n in A}, 1e-5)
+    devec("extract", "--base", llama.base, "--model", llama.a, "-o", "tv")
+    assert "another base" in devec("apply", "--base", under, "--add", 1, "tv", "-o", "x", code=4).errors[0]
+    devec("merge", "--method", "average", under, llama.a, "-o", "avg")
+    W, Wa, W0 = weights("avg"), weights(llama.a), weights(llama.base)
+    for n in A:
+        assert np.abs(W[n] - (W0[n] + B[n] + Wa[n]) / 2).max() < 1e-6

@@ -123,7 +123,7 @@ def test_a_missing_and_an_extra_tensor(devec: Runner, llama: Models, work: Path)
     del kept["model.norm.weight"]
     save_file(kept, "less.safetensors")
     save_file({**tensors, "model.extra.weight": torch.ones(2)}, "more.safetensors")
-    for name, word in (("less", "lacks a tensor"), ("more", "the base lacks")):
+    for name, word in (("less", "that the model lacks"), ("more", "that the base lacks")):
         words = ["--base", llama.base, "--model", f"{name}.safetensors"]
         refused(devec("extract", *words, "-o", "out", code=4), word)
 

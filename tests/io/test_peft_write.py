@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,10 +82,8 @@ def _vector(model, ranks, *, transposed=(), heads=None, config=None, embeddings=
         layout = Layout(tuple(weights[name].shape), transposed=any(t in name for t in transposed))
         rows, cols = layout.matrix_shape
         deltas[name] = LowRankDelta(torch.randn(rows, r, generator=g) * 0.3, torch.randn(r, cols, generator=g) * 0.3)
-        layouts[name] = layout
+        layouts[name] = layout if embeddings is None else replace(layout, embedding=name in embeddings)
     raw = dict(config or {})
-    if embeddings is not None:
-        raw["devec_embedding_tensors"] = list(embeddings)
     return TaskVector("a", deltas, layouts, heads=heads or {}, origin=Origin("a", dialect="peft", config=raw))
 
 

@@ -17,6 +17,7 @@ from devec.core.layout import Layout
 from devec.core.vectors import TaskVector
 from devec.io.checkpoint import checkpoint_from_state_dict
 from devec.io.names import resolve_names
+from devec.io.rounding import cast
 
 Term = tuple[float, TaskVector]
 
@@ -84,18 +85,22 @@ class Edited:
         return stored if self.out_dtype is None or not stored.is_floating_point else self.out_dtype
 
     def get(self, name: str) -> Tensor:
-        value = self.base.get(name)
-        target = self._target(value.dtype)
+        """The tensor, rounded last. Raises RefusedError for a value too large for its dtype."""
+        return cast(name, self.value(name), self.info(name).dtype, self.base.file_of(name))
+
+    def value(self, name: str) -> Tensor:
+        """The tensor before it is rounded: the sum in the compute dtype; heads and untouched tensors as stored."""
         if name in self.heads:
-            return self.heads[name].to(target)
+            return self.heads[name]
+        value = self.base.get(name)
         if name not in self.terms:
-            return value.to(target)
+            return value
         total = value.to(torch.promote_types(self.dtype, value.dtype))
         for coefficient, vector, own, layout in self.terms[name]:
             delta = vector.deltas[own]
             wide = torch.promote_types(total.dtype, delta.dtype)
             total = total.to(wide) + coefficient * layout.to_stored(delta.to(wide).dense())
-        return total.to(target)
+        return total
 
     def fingerprint(self) -> str:
         """SHA-256 over what it holds, tensor by tensor, so that vectors taken against it are known again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,18 @@ def export(
     """Write ``ARTIFACT#part`` (or any task vector): an adapter in the input's own format, or ``base + part``.
 
     Low-rank parts become adapters with the heads of their own input; with ``base`` the part is added to it and a
-    checkpoint is written. A dense part without a base is refused (exit 2).
+    checkpoint is written, with those heads that the base has too (the others are named in ``notes``). A dense part without a base is refused (exit 2).
     """
     saving = saving or Saving("export")
     vector = load_vector(part, base=base, view=view) if isinstance(part, str) else part
     if base is not None:
         under = open_model(base)
         saving = saving.for_inputs([vector], under)
-        return save_model(edited(under, [(1.0, vector)], saving), out, saving)
+        stored = set(under.names())
+        heads = {n: t for n, t in vector.heads.items() if n in stored}
+        written = save_model(edited(under, [(1.0, vector)], saving, heads), out, saving)
+        lost = [n for n in vector.heads if n not in stored]
+        note = (f"the base has no place for {len(lost)} heads of the adapter: {', '.join(lost[:4])}",) if lost else ()
+        return replace(written, notes=(*written.notes, *note))
     require_low_rank(vector, f"part {vector.name}", "Give --base BASE to write a checkpoint.")
     return save_vector(vector, out, saving.for_inputs([vector]), heads=vector.heads)

@@ -56,59 +56,25 @@ def delta_of(
 ) -> tuple[TaskVector, list[Finding]]:
     """The lazy difference of two checkpoints, and a finding that names the integer tensors left out.
 
-    ``base.role`` (default "base") is what messages call it. ``partial`` skips tensors of unlike shape or that one side lacks (used to reopen what was selected before).
+    ``base.role`` (default "base") is what messages call it. ``partial`` skips tensors of unlike shape or that one side
+    lacks (used to reopen what was selected before).
     """
     role = getattr(base, "role", "base")
+    wanted = [n for n in base.names() if selection.keeps(n)]
+    extra = [n for n in set(model.names()).difference(base.names()) if selection.keeps(n)]
     there = set(model.names())
-    names, integers, layouts = [], [], {}
-    for n in base.names():
-        if not selection.keeps(n):
-            continue
-        info = base.info(n)
-        if n not in there:
-            if partial:
-                continue
-            tied = model.ties.get(n)
-            raise IncompatibleError(
-                f"the model lacks a tensor of the {role}",
-                tensor=n,
-                values={role: tuple(info.shape), "model": f"tied to {tied}" if tied else "missing",
-                        "nearest": ", ".join(nearest(n, there)) or "nothing like it"},
-                file=model.reference,
-                remedy="Use models of one architecture and the base that they share, or leave the tensor out with --exclude.",
-            )
-        other = model.info(n)
-        if tuple(info.shape) != tuple(other.shape):
-            if partial:
-                continue
-            raise IncompatibleError(
-                f"a tensor has another shape than in the {role}",
-                tensor=n,
-                values={role: tuple(info.shape), "model": tuple(other.shape)},
-                file=model.file_of(n),
-                remedy=f"Leave it out with --exclude (heads, resized vocabularies), or use the right {role}.",
-            )
-        if info.dtype.is_floating_point != other.dtype.is_floating_point:
-            raise IncompatibleError(
-                "a tensor is an integer on one side and a float on the other",
-                tensor=n, values={role: info.dtype, "model": other.dtype}, file=model.file_of(n),
-                remedy="Leave it out with --exclude.",
-            )
-        if not info.dtype.is_floating_point:
-            integers.append(n)
-            continue
-        names.append(n)
-        layouts[n] = layout_of(base, n)
-    extra = [n for n in model.names() if n not in set(base.names()) and selection.keeps(n)]
-    if extra and not partial:
-        raise IncompatibleError(
-            f"the model has a tensor that the {role} lacks",
-            tensor=extra[0],
-            values={"model": tuple(model.info(extra[0]).shape), role: "missing",
-                    "nearest": ", ".join(nearest(extra[0], base.names())) or "nothing like it"},
-            file=model.reference,
-            remedy="Use models of one architecture and the base that they share, or leave the tensor out with --exclude.",
-        )
+    if partial:
+        wanted = [n for n in wanted if n in there and base.info(n).shape == model.info(n).shape]
+    else:
+        for n in wanted:
+            if n not in there:
+                raise _lacking(base, model, n, role, "model")
+            _check_tensor(base, model, n, role)
+        if extra:
+            raise _lacking(model, base, min(extra), "model", role)
+    integers = [n for n in wanted if not base.info(n).dtype.is_floating_point]
+    names = [n for n in wanted if base.info(n).dtype.is_floating_point]
+    layouts = {n: layout_of(base, n) for n in names}
 
     def make(n: str) -> Delta:
         tuned, before = model.get(n), base.get(n)
@@ -131,6 +97,38 @@ def delta_of(
             Finding("integer-copied", f"{name}: the {role}'s integers are kept ({len(integers)})", tuple(integers))
         )
     return vector, notes
+
+
+def _check_tensor(base: TensorSource, model: TensorSource, n: str, role: str) -> None:
+    info, other = base.info(n), model.info(n)
+    if tuple(info.shape) != tuple(other.shape):
+        raise IncompatibleError(
+            f"a tensor has another shape than in the {role}",
+            tensor=n,
+            values={role: tuple(info.shape), "model": tuple(other.shape)},
+            file=model.file_of(n),
+            remedy=f"Leave it out with --exclude (heads, resized vocabularies), or use the right {role}.",
+        )
+    if info.dtype.is_floating_point != other.dtype.is_floating_point:
+        raise IncompatibleError(
+            "a tensor is an integer on one side and a float on the other",
+            tensor=n, values={role: info.dtype, "model": other.dtype}, file=model.file_of(n),
+            remedy="Leave it out with --exclude.",
+        )
+
+
+def _lacking(has: TensorSource, lacks: TensorSource, n: str, one: str, other: str) -> IncompatibleError:
+    tied = lacks.ties.get(n)
+    return IncompatibleError(
+        f"the {one} has a tensor that the {other} lacks",
+        tensor=n,
+        values={
+            one: tuple(has.info(n).shape), other: f"tied to {tied}" if tied else "missing",
+            "nearest": ", ".join(nearest(n, lacks.names())) or "nothing like it",
+        },
+        file=lacks.reference,
+        remedy="Use models of one architecture and their own base, or leave the tensor out with --exclude.",
+    )
 
 
 def _source(base: TensorSource, model: TensorSource) -> Source | None:

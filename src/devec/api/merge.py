@@ -80,6 +80,8 @@ class Compression:
     def __post_init__(self) -> None:
         if sum(x is not None for x in (self.rank, self.energy, self.error)) > 1:
             raise UsageError("give one of --rank, --energy and --error")
+        if self.rank is not None and self.rank < 1:
+            raise UsageError(f"--rank wants a whole number from 1 on, got {self.rank}")
         for label, value in (("--energy", self.energy), ("--error", self.error)):
             if value is not None and not 0.0 < value <= 1.0:
                 raise UsageError(f"{label} wants a fraction in (0, 1], got {value:g}")

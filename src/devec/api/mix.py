@@ -45,7 +45,7 @@ def mix(
     """``sum_i w_i part_i`` over adapters: exact, without a base, whatever their ranks (ranks add).
 
     ``part`` is ``unique`` (the paper's style mixing, section 4.2), ``shared`` or ``all`` (the plain sum). 1-D
-    parameters are left out. ``choices`` are those of :func:`devec.decompose`.
+    parameters are left out unless ``one_d=True``. ``choices`` are those of :func:`devec.decompose`.
     """
     dtype = getattr(torch, choices.get("dtype") or "float32")
     pool, notes = load_pool(adapters, selection=selection, dtype=dtype)
@@ -54,7 +54,7 @@ def mix(
         raise UsageError(f"{len(w)} weights for {len(pool)} adapters", remedy="Give one weight an adapter: -w 1,0.5")
     d: Decomposition | None = None
     if part == "all":
-        parts = list(pool)
+        parts = [v if choices.get("one_d") else v.matrices() for v in pool]
     else:
         d = decompose(pool, progress=progress, notes=notes, **choices)
         parts = [d.unique(n) if part == "unique" else d.shared(n) for n in d.vectors]

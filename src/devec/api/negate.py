@@ -40,18 +40,13 @@ def negation(
     name = vectors[0].name
     if part == "all":
         whole = vectors[0]
-        return (whole if choices.get("one_d") else _matrices(whole)), None
+        return (whole if choices.get("one_d") else whole.matrices()), None
     if len(vectors) < 2:
         raise UsageError(
             "nothing to tell the target's unique part from", remedy="Give --pool P..., or --part all."
         )
     d = decompose(vectors, base=under, mode="target", target=name, progress=progress, notes=notes, **choices)
     return d.unique(name), d
-
-
-def _matrices(vector: TaskVector) -> TaskVector:
-    names = [n for n in vector.deltas if not vector.layouts[n].is_vector]
-    return vector._with(names, lambda n: vector.deltas[n], vector.name)
 
 
 def negate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from devec.core.contracts import TensorSource
 from devec.core.errors import DevecError, IncompatibleError, RefusedError, UsageError
 from devec.core.provenance import InputRecord, Provenance
 from devec.core.vectors import LazyMap, TaskVector
+from devec.engine.threads import Progress, silent
 from devec.io import artifact
 from devec.io.adapters.write import write_adapter
 from devec.io.folder import OutputFolder
@@ -41,7 +42,7 @@ class Saving:
     summary: Mapping[str, Any] = field(default_factory=dict)
     card_text: str | None = None
     recipe: Mapping[str, Any] | None = None
-    on_tensor: Callable[[str, int], None] | None = None
+    progress: Progress = silent
     kept: tuple[Path, ...] = ()
     """Input files and folders, which an output may not replace or lie in."""
 
@@ -91,11 +92,18 @@ def _places(base: TensorSource) -> list[Path]:
 
 def save_model(model: TensorSource, out: str | Path, saving: Saving, base_models: Sequence[str] = ()) -> WrittenModel:
     """A checkpoint: a Hugging Face folder, or one file when ``out`` ends in ``.safetensors``."""
+    total, done = len(model.names()), 0
+
+    def advance(name: str, _size: int) -> None:
+        nonlocal done
+        done += 1
+        saving.progress(done, total, name)
+
     with naming_the_output(out, model):
         return write_model_folder(
             Path(out),
             model,  # type: ignore[arg-type]
-            model.get,
+            model.value if isinstance(model, Edited) else model.get,
             provenance=saving.provenance(),
             out_dtype=saving.out_dtype,
             shard_size=saving.shard_size,
@@ -105,7 +113,7 @@ def save_model(model: TensorSource, out: str | Path, saving: Saving, base_models
             summary=saving.summary,
             card_text=saving.card_text,
             inputs=saving.kept,
-            on_tensor=saving.on_tensor,
+            on_tensor=advance,
         )
 
 
@@ -159,12 +167,23 @@ def original_spelling(vector: TaskVector) -> TaskVector:
     back = vector.origin.config.get("devec_spelling")
     if not isinstance(back, Mapping):
         return vector
-    old = {back.get(n, n): n for n in vector.deltas}
+    there, here = _prefixes(back)
+    if not all(n in back or n.startswith(there) for n in vector.deltas):
+        return vector  # half in one spelling and half in another would be worse
+    old = {back.get(n, here + n.removeprefix(there)): n for n in vector.deltas}
     return replace(
         vector,
         deltas=LazyMap(list(old), lambda n: vector.deltas[old[n]]),
         layouts={o: vector.layouts[n] for o, n in old.items()},
     )
+
+
+def _prefixes(back: Mapping[str, str]) -> tuple[str, str]:
+    """What the one renaming (see ``io.names.resolve_names``) took away from the new names to put before the old."""
+    new, old = (name.split(".") for name in next(iter(back.items()), ("", "")))
+    while new and old and new[-1] == old[-1]:
+        new, old = new[:-1], old[:-1]
+    return "".join(f"{x}." for x in new), "".join(f"{x}." for x in old)
 
 
 def save_artifact(vector: TaskVector, out: str | Path, saving: Saving) -> Path:
@@ -179,15 +198,9 @@ def save_artifact(vector: TaskVector, out: str | Path, saving: Saving) -> Path:
 
 
 def require_low_rank(vector: TaskVector, what: str, remedy: str) -> None:
-    if not vector.is_low_rank():
-        dense = next(n for n in vector.deltas if not _factored(vector, n))
+    dense = vector.first_dense()
+    if dense is not None:
         raise UsageError(f"{what} is dense, which no adapter can hold", values={"tensor": dense}, remedy=remedy)
-
-
-def _factored(vector: TaskVector, name: str) -> bool:
-    from devec.core.delta import LowRankDelta
-
-    return isinstance(vector.deltas[name], LowRankDelta)
 
 
 def heads_from(name: str | None, vectors: Sequence[TaskVector]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def _from_artifact(ref: Reference, path: Path, kind: str | None, reading: Readin
     if kind == "task-vector":
         if ref.part is not None:
             raise UsageError("a task vector has no parts", file=path, remedy="Leave out #" + ref.part + ".")
-        return artifact.read_task_vector(path, reading.dtype)
+        return artifact.read_task_vector(path, reading.dtype).named(label_of(path))
     if ref.part is None:
         raise UsageError(
             "a decomposition holds several parts", file=path, remedy="Name one: #unique:A, #shared:A+B, #original:A."
@@ -214,18 +215,21 @@ def load_decomposition(path: str | Path, *, view: ViewLike = None) -> Decomposit
     where they were, and refused (exit 4) if their bytes or their base's have changed.
     """
     folder = existing(str(path), str(path))
-    d = artifact.read_decomposition(folder, _reopen)
+    d = artifact.read_decomposition(folder, partial(_reopen, {}))
     if view is None:
         return d
     return d.with_view(view) if isinstance(view, View) else d.with_view(**view)
 
 
-def _reopen(name: str, source: artifact.Source, dtype: torch.dtype) -> TaskVector:
+def _reopen(bases: dict[str, Checkpoint], name: str, source: artifact.Source, dtype: torch.dtype) -> TaskVector:
+    """``bases`` keeps what was checked already: the vectors share a base, and a hash reads all of it."""
     if not source.base:
         folder = existing(source.model, source.model)
         _check_same(artifact.delta_hash(folder), source.model_sha256, f"vector {name}", folder)
         return artifact.read_task_vector(folder, dtype)
-    base = _unchanged(source.base, source.base_sha256, "base")
+    if source.base not in bases:
+        bases[source.base] = _unchanged(source.base, source.base_sha256, "base")
+    base = bases[source.base]
     model = _unchanged(source.model, source.model_sha256, f"vector {name}")
     return delta_of(base, model, name=name, selection=Selection(), dtype=dtype, partial=True)[0]
 

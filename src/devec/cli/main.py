@@ -102,6 +102,9 @@ def run(argv: list[str]) -> int:
     except (Interrupted, KeyboardInterrupt, click.exceptions.Abort):
         return _say("interrupted; nothing unfinished stands under a final name", 130)
     except click.UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # not in every version of click that is supported
+            print(error.format_message(), file=sys.stderr)
+            return 2
         where = error.ctx.command_path if error.ctx is not None else "devec"
         return _say(f"{error.format_message()} See: {where} --help", 2)
     except click.ClickException as error:

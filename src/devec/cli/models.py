@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def apply_(
     if not wanted:
         raise UsageError("apply got nothing to add", remedy="Give --add W REF or --subtract W REF.")
     options.check_place(output, o["overwrite"], [base, *(ref for _, ref in wanted)])
-    view = options.read_view(o)
+    view = options.read_view(o, [ref for _, ref in wanted])
     under = open_model(base)
     terms, findings = [], []
     for weight, ref in wanted:
@@ -69,7 +70,9 @@ def apply_(
     if o["dry_run"]:
         model = run(base, terms, heads=o["heads_from"], saving=saving)
         return dry(output, how, tensors=len(model.names()), changed=len(model.terms))  # type: ignore[union-attr]
-    show.wrote(output, run(under, terms, output, heads=o["heads_from"], saving=saving), how)
+    with show.progress("write", how) as advance:
+        written = run(under, terms, output, heads=o["heads_from"], saving=replace(saving, progress=advance))
+    show.wrote(output, written, how)
 
 
 @click.command()
@@ -110,7 +113,7 @@ def merge(
     compression = Compression(o["rank"], o["energy"], o["error"])
     o["dtype"] = o.get("dtype") or "float32"
     merged = run(
-        method, sources, base=base, parameters=parameters, view=options.read_view(o),
+        method, sources, base=base, parameters=parameters, view=options.read_view(o, sources),
         selection=Selection(tuple(o["include"]), tuple(o["exclude"])), dtype=getattr(torch, o["dtype"]),
     )
     from devec.core.findings import pool_findings
@@ -124,7 +127,9 @@ def merge(
     )
     if o["dry_run"]:
         return dry(output, how, sources=len(merged.pool), tensors=len(merged.vector.deltas))
-    written, errors = save_merged(merged, output, saving, compression=compression, heads=o["heads_from"])
+    with show.progress("merge", how) as advance:
+        saving = replace(saving, progress=advance)
+        written, errors = save_merged(merged, output, saving, compression=compression, heads=o["heads_from"])
     show_errors(merged.vector, errors, how)
     show.wrote(output, written, how, {"error": errors} if errors else None)
 
@@ -180,6 +185,7 @@ def negate(
     from devec.io.names import Selection
 
     pool = [ref for item in (*pools, *more) for ref in pool_members(item)]
+    options.refuse_unused(o, part)
     options.check_place(output, o["overwrite"], [base, target, *pool])
     choices = {**options.fixed(o), **options.read_time(o)}
     selection = Selection(o["include"], o["exclude"])
@@ -195,12 +201,12 @@ def negate(
         summary = as_dict(d, findings)
         show.decomposition(summary, how)
         show.warn(summary["warnings"], strict=o["strict"])
-        from dataclasses import replace
-
         saving = replace(saving, summary=summary["totals"])
     if o["dry_run"]:
         return dry(output, how, part=vector.name, tensors=len(vector.deltas))
-    written = run(vector, d, output, base=base, coefficient=coefficient, heads=o["heads_from"], saving=saving)
+    with show.progress("write", how) as advance:
+        saving = replace(saving, progress=advance)
+        written = run(vector, d, output, base=base, coefficient=coefficient, heads=o["heads_from"], saving=saving)
     show.wrote(output, written, how, {"decomposition": summary})
 
 
@@ -239,6 +245,7 @@ def mix(
     from devec.core.summary import all_findings, as_dict
     from devec.io.names import Selection
 
+    options.refuse_unused(o, part)
     options.check_place(output, o["overwrite"], adapters)
     compression = Compression(o["rank"], o["energy"], o["error"])
     choices = {**options.fixed(o), **options.read_time(o)}

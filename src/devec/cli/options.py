@@ -166,13 +166,20 @@ def read_time(values: dict[str, Any]) -> dict[str, Any]:
     return {k: values[k] for k in keys if values.get(k) is not None}
 
 
-def read_view(values: dict[str, Any]) -> Any:
+def read_view(values: dict[str, Any], references: Iterable[str]) -> Any:
     """How artifacts are to be read: as stored (``None``), with changes (a mapping), or as the paper reads (a View)."""
+    from devec.core.errors import UsageError
     from devec.core.options import View
 
     given = read_time(values)
     if not given:
         return None
+    if not any("#" in text for text in references):
+        flags = ", ".join(f"--{key.replace('_', '-')}" for key in given)
+        raise UsageError(
+            f"{flags}: read-time options change parts of decompositions, and none is named",
+            remedy="Name one as ARTIFACT#unique:NAME, or leave them out.",
+        )
     if given.pop("paper", None):
         return View.of_paper(**given)
     View(**given)  # a value out of range is an error before anything is read
@@ -186,6 +193,16 @@ def finite(ctx: click.Context, param: click.Parameter, value: float | list[float
     if value is not None and not all(map(isfinite, value if isinstance(value, list) else [value])):
         raise click.BadParameter("every number must be finite.", ctx, param)
     return value
+
+
+def refuse_unused(values: dict[str, Any], part: str) -> None:
+    """``--part all`` decomposes nothing, so choices of a decomposition would be ignored in silence."""
+    from devec.core.errors import UsageError
+
+    given = [*read_time(values), *(k for k in fixed(values) if k not in ("seed", "dtype", "one_d"))]
+    if part == "all" and given:
+        flags = ", ".join(f"--{key.replace('_', '-')}" for key in given)
+        raise UsageError(f"{flags}: nothing is decomposed with --part all", remedy="Leave them out.")
 
 
 def check_place(output: str, overwrite: bool, references: Iterable[str | None]) -> None:

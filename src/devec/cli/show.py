@@ -34,9 +34,10 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
         grid.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         grid.add_row(*(cell(x) for x in row))
-    console = Console()
-    # A pipe has no width of its own; a table squeezed to 80 columns is unreadable in a log.
-    screen = console if console.is_terminal else Console(width=140)
+    # Names are printed as they are: brackets and colons in them are no markup. A pipe has no width of its own, and a
+    # table squeezed to 80 columns is unreadable in a log.
+    console = Console(markup=False, emoji=False)
+    screen = console if console.is_terminal else Console(markup=False, emoji=False, width=140)
     with screen.capture() as text:
         screen.print(title, style="bold", highlight=False, soft_wrap=True)
         screen.print(grid)
@@ -101,7 +102,7 @@ def progress(what: str, how: Printing) -> Iterator[Callable[[int, int, str], Non
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -48,16 +49,16 @@ def extract(base: str, model: str, output: str, as_json: bool, quiet: bool, verb
         show.wrote(save_artifact(vector, output, saving), None, how, {"tensors": len(vector.deltas)})
         return
     factored, errors = compression.apply(vector)
-    left_out = [n for n in errors if n not in factored.deltas]
-    if left_out:
-        show.note(f"{len(left_out)} 1-D tensors cannot be written as factors and are left out", how)
     show_errors(factored, errors, how)
     show.wrote(output, save_vector(factored, output, saving), how, {"error": errors})
 
 
 def show_errors(vector: Any, errors: dict[str, float], how: Printing) -> None:
     """The relative Frobenius error of a compression, per tensor with -v, and its extremes."""
-    kept = {n: e for n, e in errors.items() if n in vector.deltas}
+    left_out = [n for n in errors if n not in vector.deltas or vector.layouts[n].is_vector]
+    if left_out:
+        show.note(f"{len(left_out)} 1-D tensors cannot be written as factors and are left out", how)
+    kept = {n: e for n, e in errors.items() if n not in left_out}
     if kept and how.verbose:
         rows = [(n, vector.deltas[n].rank_bound, e) for n, e in kept.items()]
         show.table("compression", ["tensor", "rank", "relative error"], rows, how)
@@ -170,8 +171,10 @@ def export(part: str, base: str | None, output: str, as_json: bool, quiet: bool,
     if parse(part).part is None:
         raise UsageError(f"{part!r} names no part", remedy="Write ARTIFACT#unique:NAME, #shared:NAME or #shared:A+B.")
     options.check_place(output, o["overwrite"], [base, part])
-    vector = load_vector(part, base=base, view=options.read_view(o))
+    vector = load_vector(part, base=base, view=options.read_view(o, [part]))
     if o["dry_run"]:
         return dry(output, how, part=vector.name, tensors=len(vector.deltas))
     saving = saving_of("export", o, {"part": part.partition("#")[2], **options.read_time(o)})
-    show.wrote(output, run(vector, output, base=base, saving=saving), how)
+    with show.progress("write", how) as advance:
+        written = run(vector, output, base=base, saving=replace(saving, progress=advance))
+    show.wrote(output, written, how)

@@ -21,7 +21,7 @@ from devec.core.spectra import Key, Pair, SideAlgebra, decide, side_algebra, sid
 from devec.core.split import RowSplit, fused_name, join_rows
 from devec.core.vectors import LazyMap, Pool, TaskVector
 from devec.linalg import subspace
-from devec.linalg.numerics import one_blas_thread
+from devec.linalg.numerics import TIE, one_blas_thread
 
 CHANCE_LEAK = 0.15
 """With ``threshold="chance"`` a removed direction may leave this much of its energy behind, as at the number 0.85: the
@@ -60,7 +60,9 @@ class Decomposition:
         return self.vectors.index(self.pool[name].name)
 
     def with_view(self, view: View | None = None, **changes: Any) -> Decomposition:
-        """The same factors read another way. Factorises nothing."""
+        """The same factors read another way; factorises nothing. ``paper=True`` is the whole preset, as for decompose."""
+        if view is None and changes.get("paper"):
+            view, changes = View.of_paper(**{k: v for k, v in changes.items() if k != "paper"}), {}
         new = replace(self, view=replace(view or self.view, **changes))
         if "algebra" in vars(self) and (new.view.joint, new.view.angles) == (self.view.joint, self.view.angles):
             vars(new)["algebra"] = self.algebra  # no threshold enters it
@@ -129,7 +131,7 @@ class Decomposition:
             found = {a.positions[j]: self._spectrum(tensor, side, vector, j) for j in others}
             # A part of the target overlaps no more than the whole did: what shared nothing still shares nothing.
             limits = {p: s.applied if s.count else float("inf") for p, s in found.items()}
-            tie = 1e-12 if self.factoring.dtype == "float64" else 1e-6
+            tie = TIE[getattr(torch, self.factoring.dtype)]
 
             def keep(j: int, values: Tensor) -> int:
                 return int((values > limits[j] - tie).sum())
@@ -178,7 +180,8 @@ class Decomposition:
 
     def shared_energy(self, tensor: str, vector: int) -> float:
         """Fraction of ``|W|_F^2`` in the shared part. Directions cut by the rank rule count as unique: exact for
-        subspaces of the vector's own basis; in joint mode on truncated dense deltas a lower bound."""
+        subspaces of the vector's own basis; elsewhere (joint mode, the paper's Z of a pair) on truncated dense deltas
+        a lower bound."""
         if vector not in self.tensors[tensor].svd:
             return 0.0
         svd = self.tensors[tensor].svd[vector]
@@ -261,36 +264,39 @@ class Decomposition:
         source = self.pool[index]
         names = self._decomposed(source)
 
-        def make(n: str) -> Delta:
-            unique, shared = self._split(n, index, source.deltas[n])
-            return unique if kind == "unique" else shared
-
+        make = self._unique_of if kind == "unique" else self._shared_of
         part = replace(
             source,
             name=f"{kind}-{name}",
-            deltas=LazyMap(names, make),
+            deltas=LazyMap(names, lambda n: make(n, index, source.deltas[n])),
             layouts={n: source.layouts[n] for n in names},
         )
         return self._joined(part)
 
-    def _split(self, tensor: str, index: int, delta: Delta) -> tuple[Delta, Delta]:
-        """(unique, shared) of one delta."""
-        nothing = _zero_like(delta)
-        Z = {side: self.removed(tensor, side, index) for side in sides_of(self.factoring.side)}
-        if any(basis is None for basis in Z.values()):
-            return delta, nothing  # both sides: a projector onto nothing on either side is nothing
-        if self.factoring.side == "left":
-            return delta.residual(_some(Z["left"])), delta.project(_some(Z["left"]))
-        if self.factoring.side == "right":
-            turned, basis = delta.transpose(), _some(Z["right"])
-            return turned.residual(basis).transpose(), turned.project(basis).transpose()
-        shared = delta.project(_some(Z["left"])).transpose().project(_some(Z["right"])).transpose()
-        unique = delta.add(shared.scale(-1.0))
+    def _removed_sides(self, tensor: str, index: int) -> dict[str, Tensor] | None:
+        """Z of each side; ``None`` if one of them is empty: a projector onto nothing on either side is nothing."""
+        found = {side: self.removed(tensor, side, index) for side in sides_of(self.factoring.side)}
+        return None if any(Z is None for Z in found.values()) else {side: _some(Z) for side, Z in found.items()}
+
+    def _shared_of(self, tensor: str, index: int, delta: Delta) -> Delta:
+        Z = self._removed_sides(tensor, index)
+        return _zero_like(delta) if Z is None else _projected(delta, Z)
+
+    def _unique_of(self, tensor: str, index: int, delta: Delta) -> Delta:
+        Z = self._removed_sides(tensor, index)
+        if Z is None:
+            return delta
+        if "right" not in Z:
+            return delta.residual(Z["left"])
+        if "left" not in Z:
+            return delta.transpose().residual(Z["right"]).transpose()
+        unique = delta.add(_projected(delta, Z).scale(-1.0))
         # P_L W P_R takes rank away from neither factor alone, so the difference is written anew.
-        return (unique.recompress() if isinstance(unique, LowRankDelta) else unique), shared
+        return unique.recompress() if isinstance(unique, LowRankDelta) else unique
 
     def _average(self, pair: Pair | None) -> TaskVector:
-        """Eq. (14): the mean of shared components weighted by their Frobenius norms; rank at most dim(Z)."""
+        """Eq. (14): the mean of shared components weighted by their Frobenius norms; rank at most dim(Z), or
+        twice that with the pair basis ``own`` (two subspaces)."""
         label = "shared" if pair is None else "shared-" + "+".join(self.vectors[i] for i in pair)
 
         def members(n: str) -> list[int]:
@@ -341,6 +347,13 @@ class Decomposition:
 def _some(basis: Tensor | None) -> Tensor:
     assert basis is not None
     return basis
+
+
+def _projected(delta: Delta, Z: Mapping[str, Tensor]) -> Delta:
+    """``P_L W P_R``, either side missing, as the kind of delta that it came as where one side is used."""
+    if "left" in Z:
+        delta = delta.project(Z["left"])
+    return delta.transpose().project(Z["right"]).transpose() if "right" in Z else delta
 
 
 def _zero_like(delta: Delta) -> LowRankDelta:

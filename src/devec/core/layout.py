@@ -7,7 +7,7 @@ the one place that turns one into the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -22,10 +22,13 @@ class Layout:
     * 0-d and 1-d tensors become a column ``n x 1`` (as a row, a projector would be the identity);
     * 2-d tensors keep their shape, or are transposed when ``transposed`` (Conv1D, PEFT ``fan_in_fan_out``);
     * higher ranks (convolutions) become ``out x (in k k)``.
+
+    ``embedding`` says whether the module is an embedding table, where the reader knows: PEFT spells its factors apart.
     """
 
     shape: tuple[int, ...]
     transposed: bool = False
+    embedding: bool | None = field(default=None, compare=False)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

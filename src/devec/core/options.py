@@ -58,6 +58,12 @@ class Factoring:
             RankRule.parse(self.rank)
         except ValueError as error:
             raise UsageError(str(error)) from None
+        if self.one_d and self.side == "right":
+            raise UsageError(
+                "1-D parameters are columns and have no row space to compare",
+                values={"side": self.side, "one-d": True},
+                remedy="Use --side left or both, or leave out --one-d.",
+            )
         if (self.mode == "target") != (self.target is not None):
             raise UsageError(
                 "mode target and a target's name belong together",

@@ -5,7 +5,7 @@ Equation numbers are those of arXiv:2512.22511.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -30,9 +30,10 @@ class Subspace:
         return int(self.basis.shape[1])
 
     def project(self, W: Tensor) -> Tensor:
-        """``Z Z^T W`` (Eq. 11, 12), in O(n d m); the n x n projector is never formed."""
-        Z = self.basis.to(W.dtype)
-        return Z @ (Z.T @ W)
+        """``Z Z^T W`` (Eq. 11, 12), in O(n d m) and in the wider dtype; the n x n projector is never formed."""
+        wide = torch.promote_types(self.basis.dtype, W.dtype)  # a basis rounded to bf16 would be no projector
+        Z = self.basis.to(wide)
+        return Z @ (Z.T @ W.to(wide))
 
     def residual(self, W: Tensor) -> Tensor:
         """``W - Z Z^T W`` (Eq. 13)."""
@@ -75,9 +76,10 @@ class TensorFactors:
         }
         return replace(self, svd=moved)
 
-    def overlaps(self, side: str) -> Overlaps:
-        """Overlaps of the members' bases; position in ``members`` is the index there."""
-        return overlaps([self.basis(i, side) for i in self.members])
+    def overlaps(self, side: str, pairs: Iterable[tuple[int, int]] | None = None) -> Overlaps:
+        """Overlaps of the members' bases (of all ``pairs``, or those positions named); position in ``members`` is the
+        index there."""
+        return overlaps([self.basis(i, side) for i in self.members], pairs)
 
 
 @dataclass(frozen=True, eq=False)

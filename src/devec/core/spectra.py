@@ -50,10 +50,11 @@ def wanted_pairs(members: Sequence[int], target: int | None) -> list[Pair]:
 def side_algebra(
     factors: TensorFactors, side: str, target: int | None, joint: str | None, angles: bool
 ) -> SideAlgebra:
-    M = factors.overlaps(side)
     position = {i: p for p, i in enumerate(factors.members)}
+    wanted = wanted_pairs(factors.members, target)
+    M = factors.overlaps(side, [(position[i], position[j]) for i, j in wanted])
     pairs: dict[Pair, subspace.PairSpectrum] = {}
-    for i, j in wanted_pairs(factors.members, target):
+    for i, j in wanted:
         if angles:
             pairs[i, j], _ = subspace.angle_spectrum(factors.basis(i, side), factors.basis(j, side))
         else:

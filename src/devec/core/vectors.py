@@ -79,8 +79,18 @@ class TaskVector:
         return replace(self, name=name)
 
     def is_low_rank(self) -> bool:
-        """True if every delta is factored (the vector can be written as a LoRA as it is)."""
-        return all(isinstance(self.deltas[n], LowRankDelta) for n in self.deltas)
+        """True if every matrix is factored (the vector can be written as a LoRA as it is; its biases ride along)."""
+        return self.first_dense() is None
+
+    def first_dense(self) -> str | None:
+        """The first tensor that no LoRA can hold as it is: a dense matrix, or a 1-D change without any matrix."""
+        matrices = [n for n in self.deltas if not self.layouts[n].is_vector]
+        return next((n for n in matrices or self.deltas if not isinstance(self.deltas[n], LowRankDelta)), None)
+
+    def matrices(self) -> TaskVector:
+        """The vector without its 1-D parameters."""
+        names = [n for n in self.deltas if not self.layouts[n].is_vector]
+        return self._with(names, lambda n: self.deltas[n], self.name)
 
     def where(self, pattern: str) -> TaskVector:
         """The part of the vector whose tensor names match ``pattern`` (``re.search``)."""

@@ -111,11 +111,12 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], kind: str) -> None
 
 
 def _layout_out(layout: Layout) -> dict[str, Any]:
-    return {"shape": list(layout.shape), "transposed": layout.transposed}
+    known = {} if layout.embedding is None else {"embedding": layout.embedding}
+    return {"shape": list(layout.shape), "transposed": layout.transposed, **known}
 
 
 def _layout_in(value: Mapping[str, Any]) -> Layout:
-    return Layout(tuple(value["shape"]), bool(value["transposed"]))
+    return Layout(tuple(value["shape"]), bool(value["transposed"]), value.get("embedding"))
 
 
 def _origin_out(origin: Origin) -> dict[str, Any]:

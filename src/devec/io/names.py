@@ -109,6 +109,9 @@ _FUSED = re.compile(
 )
 _INTERLEAVED_MODELS = ("gpt_neox", "bloom", "falcon", "codegen", "gptneox", "refinedweb", "megatron", "internlm2")
 
+_MAY_GROUP = frozenset({"c_attn", "qkv_proj", "Wqkv", "W_pack"})
+"""Language models whose keys and values may have fewer rows than the query."""
+
 QkvParts = list[tuple[str, int, int]]
 
 
@@ -119,7 +122,8 @@ def qkv_split(name: str, shape: Sequence[int], config: Mapping[str, object] | No
     ``num_attention_heads``, ``num_key_value_heads`` and ``head_dim``; without them, from three equal parts.
 
     Returns ``None`` for a tensor that is not fused. Raises UsageError (exit 2) where the three are interleaved by head
-    (no row range is a query), and IncompatibleError (exit 4) where the sizes do not add up to the rows.
+    (no row range is a query) or where nothing says how large each is, and IncompatibleError (exit 4) where the sizes do
+    not add up to the rows.
     """
     match = _FUSED.search(name)
     if match is None:
@@ -154,6 +158,14 @@ def qkv_split(name: str, shape: Sequence[int], config: Mapping[str, object] | No
                 values={"rows": rows, "query + 2 x key rows": q + 2 * kv},
                 remedy="Leave out --split-qkv for this tensor (--exclude).",
             )
+    elif kind in _MAY_GROUP and not name.endswith("bias") and rows != 3 * shape[1]:
+        raise UsageError(
+            "query, key and value need not be of one size here (grouped or multi-query attention), and no head counts "
+            "say how the rows part",
+            tensor=name,
+            values={"out x in": tuple(shape)},
+            remedy="Give --base with its config.json, or leave out --split-qkv for this tensor (--exclude).",
+        )
     return _even(name, rows, ("q", "k", "v"))
 
 

@@ -49,8 +49,11 @@ def peak(x: Tensor) -> float:
 
 
 def binary_scale(top: float) -> float:
-    """The power of two that brings ``top`` into [1/2, 1): dividing by it rounds nothing. 0 for 0."""
-    return 2.0 ** frexp(top)[1] if top > 0.0 else 0.0
+    """The power of two that brings ``top`` into [1, 2): dividing by it rounds nothing. 0 for 0.
+
+    Into [1/2, 1) the largest float32 numbers would need 2^128, which is infinite there, and every entry would become 0.
+    """
+    return 2.0 ** (frexp(top)[1] - 1) if top > 0.0 else 0.0
 
 
 def generator(*key: object) -> torch.Generator:

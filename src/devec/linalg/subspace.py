@@ -10,7 +10,7 @@ Equation numbers are those of arXiv:2512.22511.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Literal
@@ -51,14 +51,12 @@ class Overlaps:
         )
 
 
-def overlaps(bases: Sequence[Tensor]) -> Overlaps:
-    """Overlaps of orthonormal bases (columns). Products in the bases' dtype, everything after in float64."""
+def overlaps(bases: Sequence[Tensor], pairs: Iterable[tuple[int, int]] | None = None) -> Overlaps:
+    """Overlaps of orthonormal bases (columns), of all pairs i < j or of those named. Products in the bases' dtype,
+    everything after in float64."""
     n = bases[0].shape[0]
-    blocks = {
-        (i, j): (bases[i].T @ bases[j]).to(CORE).cpu()
-        for i in range(len(bases))
-        for j in range(i + 1, len(bases))
-    }
+    wanted = ((i, j) for i in range(len(bases)) for j in range(i + 1, len(bases))) if pairs is None else pairs
+    blocks = {(i, j): (bases[i].T @ bases[j]).to(CORE).cpu() for i, j in wanted}
     return Overlaps(n, tuple(int(U.shape[1]) for U in bases), blocks)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -187,7 +187,7 @@ class _Reader:
             out, width = info_b.shape[0], info_a.shape[1]
             transposed = self.config.fan_in_fan_out and self._may_be_conv1d(name)
             guess = Layout((width, out) if transposed else (out, width), transposed=transposed)
-        self.layouts[name] = fit.layout(name, guess)
+        self.layouts[name] = replace(fit.layout(name, guess), embedding=embedding)
         if parts.copy is not None and fit.base is not None:
             self._check_copy(name, parts.copy, fit)
         magnitude = parts.parts.get("lora_magnitude_vector")

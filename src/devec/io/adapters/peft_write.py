@@ -33,9 +33,6 @@ from devec.io.writer import save_file
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
-EMBEDDINGS_KEY = "devec_embedding_tensors"
-"""In ``Origin.config``: canonical names of tensors that belong to embeddings, as the reader found them."""
-
 _CARRIED = ("auto_mapping", "revision", "lora_dropout")
 _EMBEDDING = re.compile(
     r"(^|\.)(wte|wpe|embed_tokens|embed_positions|embed_in|tok_embeddings|shared|"
@@ -85,7 +82,7 @@ def to_peft(
     Left out    modules of rank 0; if that is all of them they are kept as zeros of rank 1, so that it still loads
     ``heads``   whole tensors for ``modules_to_save``; default the vector's own, ``{}`` for none
     ``dtype``   of the LoRA factors; heads keep theirs
-    ``embeddings`` names of embedding tensors; default what the input adapter said, else well-known module names
+    ``embeddings`` names of embedding tensors; default what the tensor's layout says, else well-known module names
 
     Raises :class:`RefusedError` for a nonzero delta that a LoRA cannot hold (dense, sparse, or of a bare parameter).
     """
@@ -222,13 +219,15 @@ def _resolve(patterns: Mapping[str, int], module: str, default: int) -> int:
 
 
 def _embedding_rule(vector: TaskVector, embeddings: Collection[str] | None) -> Callable[[str], bool]:
-    declared = vector.origin.config.get(EMBEDDINGS_KEY)
-    if embeddings is None and isinstance(declared, (list, tuple)):
-        embeddings = [str(name) for name in declared]
     if embeddings is not None:
         known = frozenset(embeddings)
         return lambda name: name in known
-    return lambda name: _EMBEDDING.search(name.removesuffix(".weight")) is not None
+
+    def rule(name: str) -> bool:
+        said = vector.layouts[name].embedding
+        return _EMBEDDING.search(name.removesuffix(".weight")) is not None if said is None else said
+
+    return rule
 
 
 def _refused(what: str, name: str, vector: TaskVector, layout: Layout) -> RefusedError:

@@ -8,7 +8,7 @@ second pass reads the rows again and gives the same rows of every part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import ClassVar
@@ -53,7 +53,7 @@ class GramFactors(TensorFactors):
 
     known: Overlaps | None = None
 
-    def overlaps(self, side: str) -> Overlaps:
+    def overlaps(self, side: str, pairs: Iterable[tuple[int, int]] | None = None) -> Overlaps:
         assert self.known is not None
         return self.known
 
