@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
@@ -20,11 +20,13 @@ from devec.api.decompose import decompose, save_decomposition
 from devec.api.inspect import compare
 from devec.api.output import Saving
 from devec.api.plot import cosine_matrix, overlap_matrix, spectrum_panels
+from devec.api.references import load_vector
 from devec.core.decomposition import Decomposition
 from devec.core.vectors import TaskVector
 from devec.evaluate import demo_net
 from devec.evaluate.coefficients import learn_coefficients, merge
 from devec.evaluate.demo_tasks import Split, Task, make_tasks
+from devec.io.checkpoint import open_checkpoint
 from devec.io.folder import OutputFolder
 from devec.io.names import Selection
 from devec.io.verify import verify_output
@@ -133,10 +135,15 @@ class _Demo:
     def _decompose(self) -> None:
         self.stage("extracting task vectors and decomposing them")
         models = self.folder / "models"
-        sources = [str(models / f"{t.name}.safetensors") for t in self.tasks]
+        self.model = open_checkpoint(models / "base.safetensors")
         chosen = Selection((r"^encoder\.",), ())
-        base = str(models / "base.safetensors")
-        self.d, self.comparison = compare(sources, base=base, selection=chosen, seed=self.seed)
+        vectors = []
+        for t in self.tasks:
+            vector = load_vector(models / f"{t.name}.safetensors", base=self.model, selection=chosen)
+            # Everything still lies under a temporary name, which no record may hold.
+            origin = replace(vector.origin, reference=f"models/{t.name}.safetensors")
+            vectors.append(replace(vector, origin=origin))
+        self.d, self.comparison = compare(vectors, seed=self.seed)
         self.joint = decompose(self.d.pool, mode="joint", seed=self.seed)
         self.summary = save_decomposition(self.d, self.folder / "decomposition")
         self._lap("decomposition")
@@ -252,8 +259,9 @@ class _Demo:
         best = max((r for r in self.rows if r.terms), key=lambda r: r.select[0])
         d = self.d.with_view(threshold="chance") if "chance" in best.method else self.d
         terms = [(c, d.part(text)) for c, text in best.terms]
+        self.model.reference = "models/base.safetensors"
         apply(
-            str(self.folder / "models" / "base.safetensors"), terms, self.folder / "merged.safetensors",
+            self.model, terms, self.folder / "merged.safetensors",
             saving=Saving("demo", parameters={"method": best.method, "terms": [[c, t] for c, t in best.terms]}),
         )
         verify_output(self.folder / "merged.safetensors")

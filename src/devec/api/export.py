@@ -23,7 +23,8 @@ def export(
     """Write ``ARTIFACT#part`` (or any task vector): an adapter in the input's own format, or ``base + part``.
 
     Low-rank parts become adapters with the heads of their own input; with ``base`` the part is added to it and a
-    checkpoint is written, with those heads that the base has too (the others are named in ``notes``). A dense part without a base is refused (exit 2).
+    checkpoint is written, with those heads that the base has too (``notes`` names the others). A dense part without a
+    base is refused (exit 2).
     """
     saving = saving or Saving("export")
     vector = load_vector(part, base=base, view=view) if isinstance(part, str) else part

@@ -8,6 +8,7 @@ file to refer to and are embedded too.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -49,6 +50,14 @@ class Source:
     model_sha256: str
     base: str = ""
     base_sha256: str = ""
+
+    def seen_from(self, folder: Path) -> Source:
+        """With paths relative to the artifact: it may be moved together with what it refers to."""
+        return replace(self, model=_relative(self.model, folder), base=_relative(self.base, folder))
+
+    def found_from(self, folder: Path) -> Source:
+        """The inverse of :meth:`seen_from`, for an artifact that lies in ``folder`` now."""
+        return replace(self, model=_absolute(self.model, folder), base=_absolute(self.base, folder))
 
 
 class SourcedMap(LazyMap):
@@ -119,8 +128,17 @@ def _layout_in(value: Mapping[str, Any]) -> Layout:
     return Layout(tuple(value["shape"]), bool(value["transposed"]), value.get("embedding"))
 
 
-def _origin_out(origin: Origin) -> dict[str, Any]:
-    return {**asdict(origin), "config": dict(origin.config)}
+def _relative(path: str, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder.absolute())).as_posix() if path else ""
+
+
+def _absolute(path: str, folder: Path) -> str:
+    return os.path.normpath(folder.absolute() / path) if path else ""
+
+
+def _origin_out(origin: Origin, source: Source | None = None) -> dict[str, Any]:
+    plain = {**asdict(origin), "config": dict(origin.config)}
+    return plain if source is None else {**plain, "file": source.model, "base_name": source.base or None}
 
 
 # --- decompositions ------------------------------------------------------------------------------------------------
@@ -158,7 +176,8 @@ def write_decomposition(
         )
     vectors = []
     for i in range(len(d.pool)):
-        source = sources.get(d.vectors[i])
+        known = sources.get(d.vectors[i])
+        source = None if known is None else known.seen_from(folder)
         whole = d.original(d.vectors[i])
         vectors.append(_vector_out(whole, f"v{i}", tensors, embed=source is None, source=source))
     _write_tensors(folder / FACTORS, {n: t.contiguous() for n, t in tensors.items()}, "decomposition")
@@ -199,7 +218,7 @@ def _vector_out(
         "names": names,
         "layouts": [_layout_out(v.layouts[n]) for n in names],
         "heads": heads,
-        "origin": _origin_out(v.origin),
+        "origin": _origin_out(v.origin, source),
         "space": v.space,
         "partial": v.partial,
         "source": None if source is None else asdict(source),
@@ -239,16 +258,18 @@ def read_decomposition(folder: Path, reopen: Reopen) -> Decomposition:
         )
     file = SafetensorsFile(folder / FACTORS)
     try:
-        return _decomposition(manifest, file, reopen)
+        return _decomposition(folder, manifest, file, reopen)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"the manifest and the factors do not fit: {error!r}", file=folder / MANIFEST) from None
 
 
-def _decomposition(manifest: Mapping[str, Any], file: SafetensorsFile, reopen: Reopen) -> Decomposition:
+def _decomposition(
+    folder: Path, manifest: Mapping[str, Any], file: SafetensorsFile, reopen: Reopen
+) -> Decomposition:
     factoring = Factoring(**manifest["factoring"])
     dtype: torch.dtype = getattr(torch, factoring.dtype)
     vectors = [
-        _vector_in(row, f"v{i}", file) if row["source"] is None else _reopened(row, reopen, dtype)
+        _vector_in(row, f"v{i}", file) if row["source"] is None else _reopened(folder, row, reopen, dtype)
         for i, row in enumerate(manifest["vectors"])
     ]
     splits = {
@@ -270,13 +291,15 @@ def _decomposition(manifest: Mapping[str, Any], file: SafetensorsFile, reopen: R
     )
 
 
-def _reopened(row: Mapping[str, Any], reopen: Reopen, dtype: torch.dtype) -> TaskVector:
+def _reopened(folder: Path, row: Mapping[str, Any], reopen: Reopen, dtype: torch.dtype) -> TaskVector:
     """A dense vector whose file is opened (and checked) only when one of its deltas is asked for."""
     opened: list[TaskVector] = []
+    source = Source(**row["source"]).found_from(folder)
+    origin = replace(Origin(**row["origin"]), file=source.model, base_name=source.base or None)
 
     def vector() -> TaskVector:
         if not opened:
-            opened.append(reopen(row["name"], Source(**row["source"]), dtype))
+            opened.append(reopen(row["name"], source, dtype))
         return opened[0]
 
     names: list[str] = list(row["names"])
@@ -284,7 +307,7 @@ def _reopened(row: Mapping[str, Any], reopen: Reopen, dtype: torch.dtype) -> Tas
         name=row["name"],
         deltas=LazyMap(names, lambda n: vector().deltas[n]),
         layouts=dict(zip(names, map(_layout_in, row["layouts"]), strict=True)),
-        origin=Origin(**row["origin"]),
+        origin=origin,
         space=row["space"],
         partial=row["partial"],
     )
