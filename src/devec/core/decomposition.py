@@ -60,7 +60,7 @@ class Decomposition:
         return self.vectors.index(self.pool[name].name)
 
     def with_view(self, view: View | None = None, **changes: Any) -> Decomposition:
-        """The same factors read another way; factorises nothing. ``paper=True`` presets everything as decompose does."""
+        """The same factors read another way, nothing anew. ``paper=True`` presets all, as in decompose."""
         if view is None and changes.get("paper"):
             view, changes = View.of_paper(**{k: v for k, v in changes.items() if k != "paper"}), {}
         new = replace(self, view=replace(view or self.view, **changes))
