@@ -39,7 +39,7 @@ _HOME = {
     "negate": "devec.api.negate",
     "open_model": "devec.api.references",
     "register": "devec.methods.registry",
-    "save": "devec.api.apply",
+    "save": "devec.api.save",
     "save_decomposition": "devec.api.decompose",
     "verify": "devec.io.verify",
 }
@@ -49,7 +49,6 @@ __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from devec.api.apply import apply as apply
-    from devec.api.apply import save as save
     from devec.api.decompose import decompose as decompose
     from devec.api.decompose import save_decomposition as save_decomposition
     from devec.api.edit import Edited as Edited
@@ -63,6 +62,7 @@ if TYPE_CHECKING:
     from devec.api.references import load_decomposition as load_decomposition
     from devec.api.references import load_vector as load  # noqa: F401
     from devec.api.references import open_model as open_model
+    from devec.api.save import save as save
     from devec.core.decomposition import Decomposition as Decomposition
     from devec.core.delta import DenseDelta as DenseDelta
     from devec.core.delta import LowRankDelta as LowRankDelta

@@ -17,7 +17,6 @@ from devec.core.contracts import TensorSource
 from devec.core.errors import DevecError, InputError, RefusedError, UsageError
 from devec.core.layout import Layout
 from devec.io.checkpoint import Checkpoint, checkpoint_from_module, checkpoint_from_state_dict, open_checkpoint
-from devec.io.source import open_source
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.bias": torch.ones(4), "c.count": torch.tensor(7)}
 
@@ -251,7 +250,7 @@ def test_the_content_decides_and_not_the_suffix(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "x.bin")
     torch.save(STATE, tmp_path / "y.ckpt")
     for name in ("x.bin", "y.ckpt"):
-        checkpoint = open_source(tmp_path / name)
+        checkpoint = open_checkpoint(tmp_path / name)
         assert isinstance(checkpoint, Checkpoint)
         assert_state(checkpoint)
     torch.save(STATE, tmp_path / "z.safetensors")
@@ -261,7 +260,7 @@ def test_the_content_decides_and_not_the_suffix(tmp_path: Path) -> None:
 def test_a_model_folder_with_a_leftover_adapter_configuration_is_a_checkpoint(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "model.safetensors")
     (tmp_path / "adapter_config.json").write_text("{}")
-    checkpoint = open_source(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
     assert isinstance(checkpoint, Checkpoint)
     assert_state(checkpoint)
 

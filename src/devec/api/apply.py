@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from devec.api.edit import Edited
 from devec.api.output import Saving, edited, heads_from, save_model
 from devec.api.references import ViewLike, load_vector, open_model
@@ -52,7 +50,3 @@ def apply(
     model = edited(under, loaded, saving, heads_from(heads, vectors))
     return model if out is None else save_model(model, out, saving)
 
-
-def save(model: Edited, out: str | Path, *, saving: Saving | None = None) -> WrittenModel:
-    """Write a lazily edited model (from :func:`apply`) as a Hugging Face folder or one ``.safetensors`` file."""
-    return save_model(model, out, saving or Saving("apply", out_dtype=model.out_dtype, dtype=torch.float32))

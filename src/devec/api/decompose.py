@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from devec.api.references import load_pool, named_paths, open_model
+from devec.api.references import load_pool, named_paths, open_model, widened
 from devec.core.decomposition import Decomposition
 from devec.core.errors import IncompatibleError, UsageError
 from devec.core.options import Factoring, View
@@ -57,7 +57,7 @@ def decompose(
     factoring, view = choose(choices)
     found = list(notes)
     if isinstance(sources, Pool):
-        pool = sources
+        pool = Pool(tuple(widened(v, getattr(torch, factoring.dtype)) for v in sources))
     else:
         pool, found = load_pool(
             sources, base=base, dtype=getattr(torch, factoring.dtype), selection=selection

@@ -44,6 +44,8 @@ class Edited:
             _check_base(base, vector)
             for own, there in resolve_names(vector.deltas, available).items():
                 name = base.ties.get(there, there)
+                if vector.partial:
+                    _check_tie(base, vector, own, there)
                 layout = _stored_layout(base, vector, own, name)
                 self.terms.setdefault(name, []).append((coefficient, vector, own, layout))
         self.heads = dict(heads or {})
@@ -137,6 +139,30 @@ def check_finite(value: Tensor, name: str, file: str | None, what: str) -> None:
 def edit(base: TensorSource, terms: Sequence[Term], **options: Any) -> Edited:
     """See :class:`Edited`."""
     return Edited(base, terms, **options)
+
+
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight")
+HEADED = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
+
+
+def _check_tie(base: TensorSource, vector: TaskVector, own: str, name: str) -> None:
+    """An adapter changes one module; where the base ties its weight to another's, writing it would change both.
+
+    Ties are known from shared storage, or from ``tie_word_embeddings`` in the configuration of a model with a head.
+    """
+    tied = [base.ties[name]] if name in base.ties else [a for a, stored in base.ties.items() if stored == name]
+    config = getattr(base, "config", None) or {}
+    headed = any(str(c).endswith(HEADED) for c in config.get("architectures") or [])
+    if not tied and config.get("tie_word_embeddings") and headed and name.endswith(EMBEDDINGS):
+        tied = [n for n in ("lm_head.weight",) if n not in set(base.names())]
+    if tied:
+        raise IncompatibleError(
+            f"{vector.name} changes one of two tied weights",
+            tensor=own,
+            values={"base ties": f"{name} and {tied[0]}"},
+            file=base.reference,
+            remedy="Leave the tensor out with --exclude, or untie the base first (save both tensors).",
+        )
 
 
 def _check_base(base: TensorSource, vector: TaskVector) -> None:

@@ -41,7 +41,7 @@ def extract(
 
 def label_of(path: str | Path) -> str:
     """What a model is called where no name is given: its folder, or its file without the suffix."""
-    place = Path(path).resolve()
+    place = Path(path).absolute()
     return place.name if place.is_dir() else place.stem
 
 

@@ -170,7 +170,7 @@ def merged_vector(method: registry.Method, pool: Pool, parameters: Mapping[str, 
         layouts={n: pool.layout(n) for n in names},
         heads={},
         origin=replace(first.origin, reference="memory", file=None),
-        partial=True,
+        partial=all(v.partial for v in pool),
     )
 
 

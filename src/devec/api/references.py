@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from devec.api.edit import edit
 from devec.api.extract import delta_of, label_of
@@ -275,7 +274,7 @@ def load_pool(
     vectors, notes = [], []
     for item in references:
         if isinstance(item, TaskVector):
-            vectors.append(select(item, reading.selection))
+            vectors.append(select(widened(item, dtype), reading.selection))
             continue
         vector, found = read_vector(str(item), reading)
         vectors.append(vector)
@@ -286,6 +285,13 @@ def load_pool(
     if len(pool) > 1 and not set.intersection(*(set(v.deltas) for v in pool)):
         _no_common_module(pool)
     return pool, notes
+
+
+def widened(vector: TaskVector, dtype: torch.dtype) -> TaskVector:
+    """A vector made in memory, computed in ``dtype`` (readers widen what comes from files)."""
+    if vector.origin.dialect != "memory":
+        return vector
+    return vector.map(lambda _name, delta: delta if delta.dtype == torch.float64 else delta.to(dtype))
 
 
 def _no_common_module(pool: Pool) -> None:
@@ -318,8 +324,3 @@ def rename(vector: TaskVector, spelling: Mapping[str, str]) -> TaskVector:
         layouts={spelling[n]: vector.layouts[n] for n in vector.deltas},
         origin=replace(vector.origin, config=config),
     )
-
-
-def as_state_dict(source: TensorSource) -> dict[str, Tensor]:
-    """Every tensor of a source, in memory."""
-    return {n: source.get(n) for n in source.names()}

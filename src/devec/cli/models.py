@@ -180,7 +180,7 @@ def negate(
     """Write B - C x part of the target: a checkpoint with --base, otherwise an adapter."""
     how = Printing(as_json, quiet, verbose)
     from devec.api.negate import negate as run
-    from devec.api.negate import negation
+    from devec.api.negate import save_negated
     from devec.core.summary import all_findings, as_dict
     from devec.io.names import Selection
 
@@ -193,9 +193,9 @@ def negate(
         "negate", o, {"target": target, "pool": pool, "part": part, "coefficient": coefficient, **choices}
     )
     with show.progress("negate", how) as advance:
-        vector, d = negation(target, pool, base=base, part=part, selection=selection, progress=advance,  # type: ignore[arg-type]
-                             workers=o["workers"], **choices)
-    summary = None
+        negated = run(target, pool, base=base, part=part, coefficient=coefficient, selection=selection,  # type: ignore[arg-type]
+                      progress=advance, workers=o["workers"], **choices)
+    summary, d = None, negated.decomposition
     if d is not None:
         findings = all_findings(d)
         summary = as_dict(d, findings)
@@ -203,10 +203,9 @@ def negate(
         show.warn(summary["warnings"], strict=o["strict"])
         saving = replace(saving, summary=summary["totals"])
     if o["dry_run"]:
-        return dry(output, how, part=vector.name, tensors=len(vector.deltas))
+        return dry(output, how, part=negated.removed.name, tensors=len(negated.removed.deltas))
     with show.progress("write", how) as advance:
-        saving = replace(saving, progress=advance)
-        written = run(vector, d, output, base=base, coefficient=coefficient, heads=o["heads_from"], saving=saving)
+        written = save_negated(negated, output, replace(saving, progress=advance), heads=o["heads_from"])
     show.wrote(output, written, how, {"decomposition": summary})
 
 

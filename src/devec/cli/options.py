@@ -121,7 +121,7 @@ def reading() -> Callable[[F], F]:
                      help="What joint mode means (consensus)."),
         click.option("--target-rule", type=click.Choice(["union", "sequence"]), default=None,
                      help="How a vector is set against several others (union)."),
-        click.option("--angles", is_flag=True, default=None, help="Decide by principal angles (Theorem 6.1)."),
+        click.option("--angles", is_flag=True, default=None, help="Decide pairs by principal angles (Theorem 6.1)."),
         click.option("--paper", is_flag=True, default=None,
                      help="The paper's reading: first, chain, sequence, raw threshold, rank none. Order-dependent."),
     )  # fmt: skip

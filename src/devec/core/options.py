@@ -82,7 +82,7 @@ class View:
     ``pair_basis``  bisector (default, order-free) | first (the paper) | own; used by ``#shared:A+B`` alone
     ``joint``       consensus (default, order-free) | chain (the paper)
     ``target_rule`` union (default, order-free) | sequence (the paper)
-    ``angles``      decide by principal angles (Theorem 6.1) instead of eigenvalues
+    ``angles``      decide pairs by principal angles (Theorem 6.1) instead of eigenvalues; joint spectra stay
     ``paper``       raw threshold for every k, and one common Z for both vectors of a pair
     """
 

@@ -129,11 +129,11 @@ def _layout_in(value: Mapping[str, Any]) -> Layout:
 
 
 def _relative(path: str, folder: Path) -> str:
-    return Path(os.path.relpath(path, folder.absolute())).as_posix() if path else ""
+    return Path(os.path.relpath(os.path.realpath(path), os.path.realpath(folder))).as_posix() if path else ""
 
 
 def _absolute(path: str, folder: Path) -> str:
-    return os.path.normpath(folder.absolute() / path) if path else ""
+    return os.path.normpath(Path(os.path.realpath(folder)) / path) if path else ""
 
 
 def _origin_out(origin: Origin, source: Source | None = None) -> dict[str, Any]:

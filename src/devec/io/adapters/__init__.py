@@ -67,5 +67,5 @@ def read_adapter(
 def vector_name(path: Path, file: Path) -> str:
     """A vector's own name: the folder's, for a folder or a file of customary name; else the file's stem."""
     if path.is_dir():
-        return path.resolve().name
-    return file.resolve().parent.name if file.name in ADAPTER_FILES else file.stem
+        return path.absolute().name
+    return file.absolute().parent.name if file.name in ADAPTER_FILES else file.stem

@@ -56,7 +56,9 @@ def to_diffusers(vector: TaskVector, dtype: torch.dtype = torch.float32) -> tupl
             delta = LowRankDelta(torch.zeros(rows, 0), torch.zeros(0, cols))
         factors[name] = delta
     if not factors:
-        raise RefusedError("there is nothing to write: the vector has no matrix", values={"vector": vector.name})
+        raise RefusedError(
+        "there is nothing to write: no tensor is shared, or none is left", values={"vector": vector.name}
+    )
     notes: list[str] = []
     empty = [n for n, d in factors.items() if d.B.shape[1] == 0]
     if len(empty) < len(factors):

@@ -108,7 +108,9 @@ def to_peft(
     _add_biases(modules, biases, vector, dtype)
     if not modules.ranks:
         if not modules.empty:
-            raise RefusedError("there is nothing to write: the vector has no matrix", values={"vector": vector.name})
+            raise RefusedError(
+                "there is nothing to write: no tensor is shared, or none is left", values={"vector": vector.name}
+            )
         for make in modules.empty.values():
             make()
     targets = list(modules.ranks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from devec.core.block import Block
@@ -66,7 +68,9 @@ def shared_unique(block: Block, factoring: Factoring | None = None) -> TensorFac
         if isinstance(delta, LowRankDelta):
             low_rank.add(i)
         if factors.rank:
-            svd[i] = factors
+            # The long side of a dense delta costs as much memory as U; side left never asks for it.
+            keep_right = factoring.side != "left" or i in low_rank
+            svd[i] = factors if keep_right else replace(factors, V=factors.V[:, :0].clone())
     gram = {(i, j): deltas[i].inner(deltas[j]) for i in deltas for j in deltas if i <= j}
     return TensorFactors(block.name, block.layout, svd, norms, gram, frozenset(low_rank))
 
