@@ -15,7 +15,7 @@ from devec.core.errors import GuardError, RefusedError, SideStepError
 from devec.core.layout import Layout
 from devec.core.provenance import InputRecord, Provenance
 from devec.core.vectors import Origin, TaskVector
-from devec.io.adapters import diffusers_write, read_adapter
+from devec.io.adapters import adapter_folder, read_adapter
 from devec.io.adapters.diffusers_write import to_diffusers, write_diffusers
 from devec.io.adapters.write import write_adapter
 from devec.io.verify import verify_output
@@ -135,7 +135,7 @@ def test_a_card_that_fails(strict: bool, tmp_path: Path, monkeypatch: pytest.Mon
     def broken(*_: object, **__: object) -> str:
         raise ValueError("no card today")
 
-    monkeypatch.setattr(diffusers_write, "model_card", broken)
+    monkeypatch.setattr(adapter_folder, "model_card", broken)
     with pytest.raises(RefusedError if strict else SideStepError, match="no card today"):
         write_diffusers(tmp_path / "out", vector(), provenance=PROVENANCE, strict=strict)
     assert (tmp_path / "out").exists() is not strict

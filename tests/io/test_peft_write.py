@@ -23,7 +23,7 @@ from devec.core.errors import IncompatibleError, RefusedError, SideStepError
 from devec.core.layout import Layout
 from devec.core.provenance import InputRecord, Provenance
 from devec.core.vectors import Origin, TaskVector
-from devec.io.adapters import peft_write
+from devec.io.adapters import adapter_folder
 from devec.io.adapters.peft_write import rank_patterns, to_peft, write_peft
 from devec.io.verify import verify_output
 
@@ -328,7 +328,7 @@ def test_a_failed_card_keeps_the_weights_unless_strict(tmp_path, monkeypatch):
     def broken(*_args, **_kwargs):
         raise ValueError("no card")
 
-    monkeypatch.setattr(peft_write, "model_card", broken)
+    monkeypatch.setattr(adapter_folder, "model_card", broken)
     vector = _vector(_model(_llama), {"lm_head.weight": 2})
     with pytest.raises(RefusedError, match="--strict"):
         write_peft(tmp_path / "out", vector, provenance=PROVENANCE, strict=True)

@@ -6,25 +6,24 @@ The scale of a delta is folded into its factors and no alpha is written, which r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from devec.core.contracts import TensorInfo
 from devec.core.delta import LowRankDelta
-from devec.core.errors import RefusedError, SideStepError
+from devec.core.errors import RefusedError
 from devec.core.layout import Layout
 from devec.core.provenance import Provenance
 from devec.core.vectors import TaskVector
-from devec.io.card import model_card
-from devec.io.disk import write_file
-from devec.io.folder import OutputFolder, output_file
+from devec.io.adapters.adapter_folder import ROOM, AdapterFiles, FolderOptions, write_adapter_folder
+from devec.io.folder import output_file
 from devec.io.model_folder import WrittenModel
-from devec.io.records import TensorRecord, dump_yaml, write_records
+from devec.io.records import dump_yaml
 from devec.io.rounding import cast
-from devec.io.writer import SafetensorsWriter, save_file
+from devec.io.writer import SafetensorsWriter
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 _RECIPE_KEY = "devec.recipe"
@@ -106,50 +105,22 @@ def write_diffusers(
     *,
     provenance: Provenance,
     dtype: torch.dtype = torch.float32,
-    overwrite: bool = False,
-    strict: bool = False,
-    summary: Mapping[str, object] | None = None,
-    card_text: str | None = None,
-    inputs: Sequence[Path] = (),
+    **options: Unpack[FolderOptions],
 ) -> WrittenModel:
     """Write ``vector`` as a folder (weights, card, ``.devec/``), or as one file if ``out`` ends in ``.safetensors``.
 
-    One file carries the recipe and the tensor hashes in its metadata. Nothing stands under ``out`` before all is
-    written. Raises :class:`SideStepError` when only the card failed (with ``strict`` :class:`RefusedError`, and
-    nothing is written). See :func:`to_diffusers` for what is refused.
+    One file carries the recipe and the tensor hashes in its metadata. See :func:`to_diffusers` for what is refused.
     """
     out = Path(out)
     tensors, notes = to_diffusers(vector, dtype)
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
-    room = total + (1 << 20)
-    if out.suffix == ".safetensors":
-        header = {_RECIPE_KEY: dump_yaml(provenance.to_recipe()).decode()}
-        with output_file(out, overwrite=overwrite, inputs=inputs, expected_bytes=room) as partial:
-            entries = [(n, TensorInfo(tuple(t.shape), t.dtype)) for n, t in tensors.items()]
-            with SafetensorsWriter(partial, entries, header, hashes_in_header=True) as file:
-                for name, value in tensors.items():
-                    file.put(name, value, finite=True)
-        return WrittenModel(out, (out.name,), len(tensors), total, notes)
-
-    failed: str | None = None
-    with OutputFolder(out, overwrite=overwrite, inputs=inputs, expected_bytes=room) as folder:
-        writer = save_file(folder.path / WEIGHTS, tensors)
-        base = vector.origin.base_name
-        try:
-            card = model_card(
-                provenance, title=out.name, base_models=[base] if base else [], relation="adapter",
-                library="diffusers", tags=["lora"], text=card_text,
-            )
-            write_file(folder.path / "README.md", card.encode())
-        except (OSError, ValueError, TypeError, RefusedError) as error:
-            failed = f"README.md: {error}"
-            if strict:
-                raise RefusedError("the card failed and --strict was given", values={"reason": failed}) from error
-        journal = [
-            TensorRecord(n, WEIGHTS, writer.tensor_sha256[n], tensors[n].numel() * tensors[n].element_size())
-            for n in writer.order
-        ]
-        write_records(folder.path, provenance, journal=journal, summary=summary, known={WEIGHTS: writer.sha256})
-    if failed is not None:
-        raise SideStepError("the weights are written, but a side step failed", values={"failed": failed}, file=out)
-    return WrittenModel(out, (WEIGHTS,), len(tensors), total, notes)
+    files = AdapterFiles(WEIGHTS, tensors, "diffusers", base_model=vector.origin.base_name, notes=notes)
+    if out.suffix != ".safetensors":
+        return write_adapter_folder(out, files, provenance, **options)
+    header = {_RECIPE_KEY: dump_yaml(provenance.to_recipe()).decode()}
+    overwrite, inputs = options.get("overwrite", False), options.get("inputs", ())
+    with output_file(out, overwrite=overwrite, inputs=inputs, expected_bytes=files.bytes + ROOM) as partial:
+        entries = [(n, TensorInfo(tuple(t.shape), t.dtype)) for n, t in tensors.items()]
+        with SafetensorsWriter(partial, entries, header, hashes_in_header=True) as file:
+            for name, value in tensors.items():
+                file.put(name, value, finite=True)
+    return WrittenModel(out, (out.name,), len(tensors), files.bytes, notes)

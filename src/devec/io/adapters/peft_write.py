@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from devec.core.delta import Delta, LowRankDelta
-from devec.core.errors import RefusedError, SideStepError
+from devec.core.errors import RefusedError
 from devec.core.layout import Layout
 from devec.core.provenance import Provenance
 from devec.core.vectors import TaskVector
+from devec.io.adapters.adapter_folder import AdapterFiles, FolderOptions, write_adapter_folder
 from devec.io.adapters.peft_heads import saved_modules, usable_task_type
-from devec.io.card import model_card
-from devec.io.disk import write_file
-from devec.io.folder import OutputFolder
 from devec.io.model_folder import WrittenModel
-from devec.io.records import TensorRecord, dump_json, write_records
+from devec.io.records import dump_json
 from devec.io.rounding import cast
-from devec.io.writer import save_file
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -246,43 +244,13 @@ def write_peft(
     dtype: torch.dtype = torch.float32,
     base_model: str | None = None,
     embeddings: Collection[str] | None = None,
-    overwrite: bool = False,
-    strict: bool = False,
-    tags: Sequence[str] = (),
-    summary: Mapping[str, object] | None = None,
-    card_text: str | None = None,
-    inputs: Sequence[Path] = (),
+    **options: Unpack[FolderOptions],
 ) -> WrittenModel:
-    """Write ``vector`` as an adapter folder: weights, configuration, card, and ``.devec/``. See :func:`to_peft`.
-
-    Nothing stands under ``out`` before all is written. Raises :class:`SideStepError` when only the card failed
-    (with ``strict`` :class:`RefusedError`, and nothing is written).
-    """
-    out = Path(out)
+    """Write ``vector`` as an adapter folder: weights, configuration, card, and ``.devec/``. See :func:`to_peft`."""
     adapter = to_peft(vector, heads=heads, dtype=dtype, base_model=base_model, embeddings=embeddings)
-    room = sum(t.numel() * t.element_size() for t in adapter.tensors.values()) + (1 << 20)
-    failed: str | None = None
-    with OutputFolder(out, overwrite=overwrite, inputs=inputs, expected_bytes=room) as folder:
-        writer = save_file(folder.path / WEIGHTS, adapter.tensors)
-        write_file(folder.path / CONFIG, dump_json(adapter.config))
-        base = adapter.config["base_model_name_or_path"]
-        try:
-            card = model_card(
-                provenance, title=out.name, base_models=[str(base)] if base else [], relation="adapter",
-                library="peft", tags=["lora", *tags], text=card_text,
-            )
-            write_file(folder.path / "README.md", card.encode())
-        except (OSError, ValueError, TypeError, RefusedError) as error:
-            failed = f"README.md: {error}"
-            if strict:
-                raise RefusedError("the card failed and --strict was given", values={"reason": failed}) from error
-        journal = [
-            TensorRecord(n, WEIGHTS, writer.tensor_sha256[n],
-                         adapter.tensors[n].numel() * adapter.tensors[n].element_size())
-            for n in writer.order
-        ]
-        write_records(folder.path, provenance, journal=journal, summary=summary, known={WEIGHTS: writer.sha256})
-    if failed is not None:
-        raise SideStepError("the weights are written, but a side step failed", values={"failed": failed}, file=out)
-    total = sum(line.bytes for line in journal)
-    return WrittenModel(out, (WEIGHTS,), len(journal), total, adapter.notes)
+    base = adapter.config["base_model_name_or_path"]
+    files = AdapterFiles(
+        WEIGHTS, adapter.tensors, "peft", base_model=str(base) if base else None,
+        others={CONFIG: dump_json(adapter.config)}, notes=adapter.notes,
+    )
+    return write_adapter_folder(Path(out), files, provenance, **options)
