@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from devec.core.decomposition import Decomposition
 from devec.core.findings import decomposition_findings, pool_findings
 from devec.core.results import Finding, Spectrum
-from devec.core.spectra import sides_of
+from devec.core.spectra import Pair, sides_of
 
 SCHEMA = 1
 
@@ -24,7 +24,10 @@ def all_findings(d: Decomposition) -> list[Finding]:
 def as_dict(d: Decomposition, findings: Sequence[Finding] | None = None) -> dict[str, Any]:
     """Schema 1 of docs/commands.md. Per tensor and in total: rank, energy kept, edge, eigenvalues, p-values, directions
     and energy called shared. ``threshold`` is the pairwise cos^2 asked for, ``applied_threshold`` the mapped one."""
-    tensors = {name: _tensor(d, name) for name in d.tensors}
+    pairs: dict[str, dict[Pair | None, None]] = {name: {} for name in d.tensors}
+    for name, _side, pair in d.spectra:
+        pairs[name][pair] = None
+    tensors = {name: _tensor(d, name, pairs[name]) for name in d.tensors}
     return {
         "schema": SCHEMA,
         "vectors": list(d.vectors),
@@ -58,7 +61,7 @@ def order_dependent(d: Decomposition) -> list[str]:
     return out
 
 
-def _tensor(d: Decomposition, name: str) -> dict[str, Any]:
+def _tensor(d: Decomposition, name: str, pairs: Iterable[Pair | None]) -> dict[str, Any]:
     t = d.tensors[name]
     entry: dict[str, Any] = {
         "shape": list(t.layout.matrix_shape),
@@ -66,7 +69,6 @@ def _tensor(d: Decomposition, name: str) -> dict[str, Any]:
         "energy_kept": {d.vectors[i]: round(t.svd[i].energy_kept, 9) for i in t.members},
     }
     sides = sides_of(d.factoring.side)
-    pairs = dict.fromkeys(key[2] for key in d.spectra if key[0] == name)
     fields = ("eigenvalues", "applied_threshold", "edge", "p_value", "shared_directions")
     for label in fields:
         entry[label] = {}
