@@ -94,8 +94,15 @@ def decide(
         if a.joint is not None:
             spectra[name, side, None] = _joint(a, n, view, tie)
     if view.threshold == "chance":
+        draw_nulls(spectra)
         _false_discovery(spectra, algebra, view, factoring)
     return spectra
+
+
+def draw_nulls(spectra: Mapping[Key, Spectrum]) -> None:
+    """Draw at once what the p-values of many pairs need (each would otherwise be drawn when it is first asked for)."""
+    pairs = (s.chance for s in spectra.values() if s.chance.kind == "pair")
+    chance.prepare_pairs((c.ranks[0], c.ranks[1], c.n) for c in pairs)
 
 
 def _against(p: Chance, threshold: float | str, edge: float, tie: float) -> Spectrum:

@@ -8,7 +8,7 @@ from typing import Any
 from devec.core.decomposition import Decomposition
 from devec.core.findings import decomposition_findings, pool_findings
 from devec.core.results import Finding, Spectrum
-from devec.core.spectra import Pair, sides_of
+from devec.core.spectra import Pair, draw_nulls, sides_of
 
 SCHEMA = 1
 
@@ -24,6 +24,7 @@ def all_findings(d: Decomposition) -> list[Finding]:
 def as_dict(d: Decomposition, findings: Sequence[Finding] | None = None) -> dict[str, Any]:
     """Schema 1 of docs/commands.md. Per tensor and in total: rank, energy kept, edge, eigenvalues, p-values, directions
     and energy called shared. ``threshold`` is the pairwise cos^2 asked for, ``applied_threshold`` the mapped one."""
+    draw_nulls(d.spectra)
     pairs: dict[str, dict[Pair | None, None]] = {name: {} for name in d.tensors}
     for name, _side, pair in d.spectra:
         pairs[name][pair] = None

@@ -20,13 +20,16 @@ first factor is not log-concave by itself and the property is checked numericall
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from math import asin, log, sin, sqrt, tan
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from devec.linalg.nulls import (
@@ -50,6 +53,7 @@ __all__ = [
     "joint_p_values",
     "pair_null",
     "pair_p_values",
+    "prepare_pairs",
 ]
 
 DRAWS = 100_000
@@ -57,6 +61,8 @@ DRAWS = 100_000
 SEED = 20_251_222
 TAIL = 0.005
 """The top share of the draws that the tail is fitted to and beyond which it is used: its rate has 4.5 % error."""
+FINE, STRIDE = 0.05, 20
+"""Of the draws, the top 5 % are kept one by one and of the others every 20th."""
 EXACT_RANK = 16
 """Ranks up to here are drawn for every (r1, r2, n); larger ones at nodes a factor 2^(1/4) apart (see PairNull)."""
 
@@ -66,10 +72,18 @@ EXACT_RANK = 16
 
 @dataclass(frozen=True, eq=False)
 class EmpiricalNull:
-    """Sorted draws of a statistic, with an exponential tail of ``rate`` above the value at ``anchor``."""
+    """Draws of a statistic in ascending order, with an exponential tail of ``rate`` above the draw at ``anchor``.
+
+    Of the lower 95 % every 20th draw is kept: p-values above 0.05 come out at most 0.4 % too large, and a null takes
+    0.16 MB instead of 0.8 MB, so that the nulls of a large model stay in memory. ``counts[i]`` is how many draws are
+    no larger than ``y[i]``; ``start`` is the value at the anchor.
+    """
 
     y: Array
+    counts: NDArray[np.int64]
+    draws: int
     anchor: int
+    start: float
     rate: float
 
     @classmethod
@@ -85,14 +99,16 @@ class EmpiricalNull:
         rate = min(1.0 / excess, rate_limit)
         if heavy:
             rate = max(rate - 0.5 / float(y[anchor]), 0.5 * rate)
-        return cls(y, anchor, rate)
+        fine = round(FINE * size)
+        kept = np.concatenate([np.arange(0, size - fine, STRIDE), np.arange(size - fine, size)])
+        return cls(y[kept], kept + 1, size, anchor, float(y[anchor]), rate)
 
     def p_values(self, y: Array) -> Array:
         """``(1 + #{draws >= y})/(N + 1)``, and beyond the anchor its value there times ``exp(-rate (y - anchor))``."""
-        size = self.y.shape[0]
-        below = np.searchsorted(self.y, y, side="left")
+        size, start = self.draws, self.start
+        place = np.searchsorted(self.y, y, side="left")
+        below = np.where(place > 0, self.counts[np.maximum(place - 1, 0)], 0)
         p = (1.0 + size - below) / (size + 1.0)
-        start = self.y[self.anchor]
         with np.errstate(under="ignore"):  # to the floor below
             tail = (1.0 + size - self.anchor) / (size + 1.0) * np.exp(-self.rate * np.maximum(y - start, 0.0))
         return np.asarray(np.clip(np.where(y > start, tail, p), SMALLEST, 1.0))
@@ -136,7 +152,7 @@ class PairNull:
 
     @property
     def draws(self) -> int:
-        return 0 if self.empirical is None else int(self.empirical.y.shape[0])
+        return 0 if self.empirical is None else self.empirical.draws
 
     def p_values(self, eigenvalues: Array) -> Array:
         """Non-increasing in the eigenvalue, in [1e-300, 1]; eigenvalues are clipped to [0, 1]."""
@@ -174,23 +190,38 @@ def _node(r: int) -> int:
     return r if r <= EXACT_RANK else round(EXACT_RANK * 2.0 ** (round(4.0 * log(r / EXACT_RANK, 2.0)) / 4.0))
 
 
+def _node_of(r1: int, r2: int, n: int) -> tuple[int, int]:
+    return (_node(r1), _node(r2)) if 2 * (r1 + r2) <= n else (r1, r2)
+
+
 def pair_null(r1: int, r2: int, n: int) -> PairNull:
     """The null of ``(r1, r2, n)``: symmetric in the ranks, deterministic, its draws kept for the life of the
-    process (0.8 MB each)."""
+    process (0.16 MB each)."""
     if min(r1, r2) < 1 or max(r1, r2) > n:
         raise ValueError(f"ranks {r1}, {r2} in R^{n}: each must lie between 1 and {n}")
     r1, r2 = min(r1, r2), max(r1, r2)
     if r1 == 1 or r1 + r2 > n:
         return PairNull(r1, r2, n, None, (r1, r2))
-    node = (_node(r1), _node(r2)) if 2 * (r1 + r2) <= n else (r1, r2)
+    node = _node_of(r1, r2, n)
     return PairNull(r1, r2, n, _drawn(*node, n), node)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=8192)
 def _drawn(r1: int, r2: int, n: int) -> EmpiricalNull:
     rng = np.random.default_rng([SEED, r1, r2, n])
     y = _nearness(draw_largest_overlap(r1, r2, n, DRAWS, rng))
     return EmpiricalNull.fit(y, rate_limit=(n - r1 - r2 + 1) / 2)
+
+
+def prepare_pairs(shapes: Iterable[tuple[int, int, int]]) -> None:
+    """Draw the nulls of several ``(r1, r2, n)`` on every core. Each has its own seed: who draws it changes nothing."""
+    wanted: dict[tuple[int, int, int], None] = {}
+    for r1, r2, n in shapes:
+        if min(r1, r2) > 1 and r1 + r2 <= n:
+            wanted[(*_node_of(min(r1, r2), max(r1, r2), n), n)] = None
+    if len(wanted) > 1:
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            list(pool.map(lambda key: _drawn(*key), wanted))
 
 
 def pair_p_values(eigenvalues: Tensor, r1: int, r2: int, n: int) -> Tensor:
@@ -226,7 +257,7 @@ class JointNull:
     def draws(self) -> int:
         if self.pair is not None:
             return self.pair.draws
-        return 0 if self.empirical is None else int(self.empirical.y.shape[0])
+        return 0 if self.empirical is None else self.empirical.draws
 
     def p_values(self, values: Array) -> Array:
         """Non-increasing in the value, in [1e-300, 1]."""
