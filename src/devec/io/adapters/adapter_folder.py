@@ -38,7 +38,7 @@ class AdapterFiles:
 
     weights: str
     tensors: Mapping[str, Tensor]
-    library: str
+    hub_library: str
     base_model: str | None = None
     tags: tuple[str, ...] = ("lora",)
     others: Mapping[str, bytes] = field(default_factory=dict)
@@ -69,7 +69,7 @@ def write_adapter_folder(
         try:
             card = model_card(
                 provenance, title=out.name, base_models=[files.base_model] if files.base_model else [],
-                relation="adapter", library=files.library, tags=files.tags, text=card_text,
+                relation="adapter", library=files.hub_library, tags=files.tags, text=card_text,
             )
             write_file(folder.path / "README.md", card.encode())
         except (OSError, ValueError, TypeError, RefusedError) as error:
