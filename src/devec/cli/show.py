@@ -68,6 +68,12 @@ def say(text: str, how: Printing) -> None:
         click.echo(text)
 
 
+BOTH_SIDES = (
+    "side both takes P_L W P_R away, which one factor of an adapter cannot hold: unique parts are recompressed and may "
+    "have up to twice the rank"
+)
+
+
 def note(text: str, how: Printing) -> None:
     """Something to know that is no warning, on stderr, unless --quiet."""
     if not how.quiet:
@@ -172,6 +178,8 @@ def decomposition(summary: Mapping[str, Any], how: Printing) -> None:
         )
     if summary["order_dependent"]:
         note(f"this result depends on the order given ({', '.join(summary['order_dependent'])})", how)
+    if summary["side"] == "both":
+        note(BOTH_SIDES, how)
 
 
 def per_tensor(summary: Mapping[str, Any], how: Printing) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -167,11 +168,14 @@ def export(part: str, base: str | None, output: str, as_json: bool, quiet: bool,
     from devec.api.export import export as run
     from devec.api.references import load_vector, parse
     from devec.core.errors import UsageError
+    from devec.io.artifact import decomposed_side
 
     if parse(part).part is None:
         raise UsageError(f"{part!r} names no part", remedy="Write ARTIFACT#unique:NAME, #shared:NAME or #shared:A+B.")
     options.check_place(output, o["overwrite"], [base, part])
     vector = load_vector(part, base=base, view=options.read_view(o, [part]))
+    if vector.is_low_rank() and decomposed_side(Path(parse(part).path)) == "both":
+        show.note(show.BOTH_SIDES, how)
     if o["dry_run"]:
         return dry(output, how, part=vector.name, tensors=len(vector.deltas))
     saving = saving_of("export", o, {"part": part.partition("#")[2], **options.read_time(o)})

@@ -96,6 +96,12 @@ def artifact_kind(path: Path) -> str | None:
     return kind if kind in ("decomposition", "task-vector") else None
 
 
+def decomposed_side(folder: Path) -> str | None:
+    """The side that a saved decomposition was made for; ``None`` for any other artifact."""
+    side = _read_json(folder / MANIFEST).get("factoring", {}).get("side")
+    return None if side is None else str(side)
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
