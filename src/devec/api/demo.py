@@ -359,8 +359,8 @@ class _Demo:
                 f"directions of the same rank and norm, {verdict} twice their spread over draws ({spread:.2f})."
             )
         lines.append(
-            "This is one seed of a small network: over seeds plain task arithmetic moves by about four points, so look "
-            "at --seed 1 and 2 before you conclude anything."
+            "This is one seed of a small network: over three seeds plain task arithmetic moved by three points, so "
+            "look at --seed 1 and 2 before you conclude anything."
         )
         lines.append(f"Written as merged.safetensors: {best.method}, the best DeVec row on the selection split.")
         return lines

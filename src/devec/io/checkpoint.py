@@ -86,10 +86,6 @@ class Checkpoint:
         """The file that holds the tensor, or ``memory``."""
         return str(self._part(name).path)
 
-    def is_float(self, name: str) -> bool:
-        """False for integers and booleans, which are never averaged or subtracted."""
-        return self.info(name).dtype.is_floating_point
-
     def layout(self, name: str) -> Layout:
         """How the tensor lies against the ``out x in`` matrix; Conv1D weights are stored transposed."""
         shape = self.info(name).shape

@@ -20,7 +20,7 @@ from devec.core.block import Block
 from devec.core.contracts import Grain
 from devec.core.decomposition import Decomposition
 from devec.core.delta import Delta, DenseDelta, LowRankDelta
-from devec.core.errors import InputError, UsageError
+from devec.core.errors import UsageError
 from devec.core.layout import Layout
 from devec.core.options import Factoring, View
 from devec.core.results import TensorFactors
@@ -29,6 +29,7 @@ from devec.linalg.lowrank import ThinSVD
 from devec.linalg.numerics import CORE, NonFiniteError, compute_dtype, one_blas_thread, peak
 from devec.linalg.rank import RankRule, select_rank
 from devec.linalg.subspace import Overlaps
+from devec.methods.decompose.shared_unique import unusable
 
 GRAM_RTOL = 1e-6
 """Numerical rank from a Gram matrix: it squares the condition number, and eigenvalues carry rounding of about 1e-15
@@ -287,11 +288,7 @@ def _check(rows: Tensor, block: Block, i: int) -> None:
     try:
         peak(rows)
     except NonFiniteError as error:
-        raise InputError(
-            f"vector {block.vectors[i]} cannot be factored: {error}",
-            tensor=block.name,
-            remedy="Repair the file, or leave the tensor out with --exclude.",
-        ) from None
+        raise unusable(block, i, error) from None
 
 
 def _inner(state: RowState, i: int, j: int) -> float:

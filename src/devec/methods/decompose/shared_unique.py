@@ -59,11 +59,7 @@ def shared_unique(block: Block, factoring: Factoring | None = None) -> TensorFac
         try:
             factors = factor(delta, rule, side_length, factoring, (block.name, block.vectors[i]))
         except NonFiniteError as error:
-            raise InputError(
-                f"vector {block.vectors[i]} cannot be factored: {error}",
-                tensor=block.name,
-                remedy="Repair the file, or leave the tensor out with --exclude.",
-            ) from None
+            raise unusable(block, i, error) from None
         norms[i] = factors.total**0.5
         if isinstance(delta, LowRankDelta):
             low_rank.add(i)
@@ -73,6 +69,15 @@ def shared_unique(block: Block, factoring: Factoring | None = None) -> TensorFac
             svd[i] = factors if keep_right else replace(factors, V=factors.V[:, :0].clone())
     gram = {(i, j): deltas[i].inner(deltas[j]) for i in deltas for j in deltas if i <= j}
     return TensorFactors(block.name, block.layout, svd, norms, gram, frozenset(low_rank))
+
+
+def unusable(block: Block, i: int, error: NonFiniteError) -> InputError:
+    """The error for a delta with entries that are NaN or infinite."""
+    return InputError(
+        f"vector {block.vectors[i]} cannot be factored: {error}",
+        tensor=block.name,
+        remedy="Repair the file, or leave the tensor out with --exclude.",
+    )
 
 
 def factor(delta: Delta, rule: RankRule, side_length: int, factoring: Factoring, key: tuple[str, str]) -> ThinSVD:
