@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from devec.api.extract import layout_of
+from devec.api.extract import layout_of, widened_rows
 from devec.core.contracts import TensorInfo, TensorSource
+from devec.core.delta import Delta, DenseDelta, LowRankDelta
 from devec.core.errors import IncompatibleError, InputError
 from devec.core.layout import Layout
+from devec.core.lazy import LazyDelta, in_file, row_blocks
 from devec.core.vectors import TaskVector
 from devec.io.checkpoint import checkpoint_from_state_dict
 from devec.io.names import resolve_names
@@ -90,19 +92,47 @@ class Edited:
         """The tensor, rounded last. Raises RefusedError for a value too large for its dtype."""
         return cast(name, self.value(name), self.info(name).dtype, self.base.file_of(name))
 
-    def value(self, name: str) -> Tensor:
-        """The tensor before it is rounded: the sum in the compute dtype; heads and untouched tensors as stored."""
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of the tensor, rounded last."""
+        return cast(name, self.values(name)(start, stop), self.info(name).dtype, self.base.file_of(name))
+
+    def values(self, name: str) -> Callable[[int, int], Tensor]:
+        """Rows of the tensor before it is rounded: sums in the compute dtype; heads and untouched tensors as stored.
+
+        Rows are asked for in the blocks of ``core.lazy.row_blocks``, so that the same numbers come out whoever asks.
+        """
         if name in self.heads:
-            return self.heads[name]
-        value = self.base.get(name)
+            head = self.heads[name]
+            return lambda start, stop: head[start:stop] if head.ndim else head.reshape(1)
         if name not in self.terms:
-            return value
-        total = value.to(torch.promote_types(self.dtype, value.dtype))
+            return lambda start, stop: self.base.rows(name, start, stop)
+        stored = self.base.info(name)
+        dtype = torch.promote_types(self.dtype, stored.dtype)
+        terms: list[tuple[float, Delta]] = []
         for coefficient, vector, own, layout in self.terms[name]:
             delta = vector.deltas[own]
-            wide = torch.promote_types(total.dtype, delta.dtype)
-            total = total.to(wide) + coefficient * layout.to_stored(delta.to(wide).dense())
-        return total
+            dtype = torch.promote_types(dtype, delta.dtype)
+            terms.append((coefficient, in_file(delta if isinstance(delta, (DenseDelta, LazyDelta, LowRankDelta)) else DenseDelta(delta.dense()),
+                                               layout.transposed)))
+
+        def read(start: int, stop: int) -> Tensor:
+            before = widened_rows(self.base, name, start, stop, dtype)
+            total = before
+            for coefficient, delta in terms:
+                rows = delta.rows(start, stop).dense().to(dtype).reshape(before.shape)
+                rows = rows if coefficient == 1.0 else rows * coefficient
+                total = total + rows if total is before else total.add_(rows)
+            return total
+
+        return read
+
+    def value(self, name: str) -> Tensor:
+        """The whole tensor before it is rounded (see :meth:`values`)."""
+        read, shape = self.values(name), self.info(name).shape
+        blocks = [read(start, stop) for start, stop in row_blocks(shape)]
+        if not blocks:
+            return self.base.get(name) if name not in self.heads else self.heads[name]
+        return (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).reshape(shape)
 
     def fingerprint(self) -> str:
         """SHA-256 over what it holds, tensor by tensor, so that vectors taken against it are known again."""
@@ -166,10 +196,9 @@ def _check_tie(base: TensorSource, vector: TaskVector, own: str, name: str) -> N
 
 
 def _check_base(base: TensorSource, vector: TaskVector) -> None:
-    recorded = vector.origin.base_fingerprint
-    if recorded is None or not hasattr(base, "fingerprint"):
+    if vector.origin.base is base or not vector.origin.has_base() or not hasattr(base, "fingerprint"):
         return
-    now = base.fingerprint()
+    recorded, now = str(vector.origin.base_hash()), base.fingerprint()
     if now != recorded:
         raise IncompatibleError(
             f"{vector.name} was taken against another base",

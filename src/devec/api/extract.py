@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from threading import local
 from typing import Any
+from weakref import ref
 
 import torch
+from torch import Tensor
 
 from devec.core.contracts import TensorSource
-from devec.core.delta import Delta, DenseDelta, LowRankDelta
+from devec.core.delta import Delta, LowRankDelta
 from devec.core.errors import IncompatibleError, InputError
 from devec.core.layout import Layout
+from devec.core.lazy import BLOCK, LazyDelta
 from devec.core.results import Finding
 from devec.core.vectors import Origin, TaskVector
 from devec.io.artifact import Source, SourcedMap
@@ -77,9 +81,7 @@ def delta_of(
     layouts = {n: layout_of(base, n) for n in names}
 
     def make(n: str) -> Delta:
-        tuned, before = model.get(n), base.get(n)
-        wide = torch.promote_types(torch.promote_types(dtype, tuned.dtype), before.dtype)
-        return DenseDelta(layouts[n].to_matrix(tuned.to(wide) - before.to(wide)))
+        return difference(base, model, n, layouts[n], dtype)
 
     vector = TaskVector(
         name=name,
@@ -87,7 +89,7 @@ def delta_of(
         layouts=layouts,
         origin=Origin(
             reference=model.reference, file=model.reference, dialect="checkpoint", base_name=base.reference,
-            base_fingerprint=fingerprint_of(base),
+            model=model, base=base,
         ),
         partial=False,
     )
@@ -97,6 +99,32 @@ def delta_of(
             Finding("integer-copied", f"{name}: the {role}'s integers are kept ({len(integers)})", tuple(integers))
         )
     return vector, notes
+
+
+def difference(base: TensorSource, model: TensorSource, name: str, layout: Layout, dtype: torch.dtype) -> LazyDelta:
+    """One tensor of ``model`` minus the same of ``base``, in ``dtype`` or wider, as a delta that reads when asked."""
+    wide = torch.promote_types(torch.promote_types(dtype, model.info(name).dtype), base.info(name).dtype)
+
+    def read(start: int, stop: int) -> Tensor:
+        rows = model.rows(name, start, stop).to(wide) - widened_rows(base, name, start, stop, wide)
+        return rows.reshape(stop - start, -1)
+
+    return LazyDelta(layout.matrix_shape, wide, read, transposed=layout.transposed)
+
+
+_last = local()
+
+
+def widened_rows(source: TensorSource, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Rows of ``source`` in ``dtype``; each thread keeps its last block, which several vectors want in turn."""
+    key = (name, start, stop, dtype)
+    kept = getattr(_last, "block", None)
+    if kept is not None and kept[0]() is source and kept[1] == key:
+        found: Tensor = kept[2]
+        return found
+    rows = source.rows(name, start, stop).to(dtype)
+    _last.block = (ref(source), key, rows) if rows.numel() <= 4 * BLOCK else None
+    return rows
 
 
 def _check_tensor(base: TensorSource, model: TensorSource, n: str, role: str) -> None:
@@ -144,10 +172,6 @@ def _source(base: TensorSource, model: TensorSource) -> Source | None:
 def _on_disk(model: Checkpoint) -> bool:
     names = model.names()
     return bool(names) and Path(model.file_of(names[0])).is_file()
-
-
-def fingerprint_of(source: TensorSource) -> str | None:
-    return source.fingerprint() if hasattr(source, "fingerprint") else None
 
 
 def layout_of(source: TensorSource, name: str) -> Layout:

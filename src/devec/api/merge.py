@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from devec.core.block import Block
 from devec.core.contracts import TensorInfo, TensorSource
 from devec.core.delta import Delta
 from devec.core.errors import InputError, UsageError
+from devec.core.lazy import LazyDelta, is_dense
 from devec.core.results import Finding
 from devec.core.vectors import LazyMap, Pool, TaskVector
 from devec.io.adapters import is_adapter
@@ -63,10 +65,16 @@ class ZeroBase:
         return self.like.file_of(name)
 
     def get(self, name: str) -> Tensor:
-        info = self.like.info(name)
-        if not info.dtype.is_floating_point or not self.selection.keeps(name):
-            return self.like.get(name)
-        return torch.zeros(info.shape, dtype=info.dtype)
+        return torch.zeros(self.info(name).shape, dtype=self.info(name).dtype) if self._empty(name) else self.like.get(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        if not self._empty(name):
+            return self.like.rows(name, start, stop)
+        info = self.info(name)
+        return torch.zeros((stop - start, *info.shape[1:]), dtype=info.dtype)
+
+    def _empty(self, name: str) -> bool:
+        return self.like.info(name).dtype.is_floating_point and self.selection.keeps(name)
 
 
 @dataclass(frozen=True)
@@ -157,9 +165,7 @@ def merged_vector(method: registry.Method, pool: Pool, parameters: Mapping[str, 
     """The method's result as a lazy task vector over every tensor that any vector touches."""
 
     def make(name: str) -> Delta:
-        block: Block = pool.block(name)
-        merged: Delta = method.call(block, **parameters)
-        return merged
+        return merged_delta(method, pool.block(name), parameters)
 
     first = pool[0]
     names = pool.tensors()
@@ -172,6 +178,25 @@ def merged_vector(method: registry.Method, pool: Pool, parameters: Mapping[str, 
         origin=replace(first.origin, reference="memory", file=None),
         partial=all(v.partial for v in pool),
     )
+
+
+def merged_delta(method: registry.Method, block: Block, parameters: Mapping[str, Any]) -> Delta:
+    """The method on one block: in blocks of rows where its grain allows that and a dense delta makes it worth while.
+
+    A method of elements does not care which way a matrix lies, so blocks follow the file; one of rows does.
+    """
+    dense = [d for d in block.deltas if is_dense(d)]
+    if not dense or method.grain not in ("elements", "rows") or (method.grain == "rows" and block.layout.transposed):
+        whole: Delta = method.call(block, **parameters)
+        return whole
+    filed = block.in_file()
+
+    def read(start: int, stop: int) -> Tensor:
+        merged: Delta = method.call(filed.rows(start, stop), **parameters)
+        return merged.dense()
+
+    dtype = reduce(torch.promote_types, (d.dtype for d in block.deltas if d is not None))
+    return LazyDelta(block.layout.matrix_shape, dtype, read, transposed=block.layout.transposed)
 
 
 def save_merged(

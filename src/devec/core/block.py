@@ -33,6 +33,26 @@ class Block:
         """Indices of the vectors that have this tensor."""
         return [i for i, d in enumerate(self.deltas) if d is not None]
 
+    def rows(self, start: int, stop: int) -> Block:
+        """The same block cut to some rows of the matrix."""
+        return replace(
+            self,
+            layout=Layout((stop - start, self.layout.matrix_shape[1])),
+            deltas=tuple(None if d is None else d.rows(start, stop) for d in self.deltas),
+            base=None if self.base is None else self.base[start:stop],
+        )
+
+    def in_file(self) -> Block:
+        """The same block with every matrix as its file holds it, so that rows are the file's rows."""
+        if not self.layout.transposed:
+            return self
+        return replace(
+            self,
+            layout=Layout(self.layout.shape),
+            deltas=tuple(None if d is None else d.transpose() for d in self.deltas),
+            base=None if self.base is None else self.base.T,
+        )
+
     def on(self, device: torch.device) -> Block:
         """The same block with its deltas and base on a device."""
         return replace(

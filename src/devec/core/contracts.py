@@ -42,6 +42,10 @@ class TensorSource(Protocol):
         """The tensor as stored (its own dtype and shape)."""
         ...
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start:stop`` along the first dimension, as stored; a tensor without dimensions is one row."""
+        ...
+
     def file_of(self, name: str) -> str:
         """The file that holds it, for error messages."""
         ...

@@ -67,12 +67,12 @@ class Delta(ABC):
 
     def add(self, other: Delta) -> Delta:
         """``self + other``; two factored deltas stay factored (ranks add), anything else becomes dense."""
-        _same_shape(self, other)
+        same_shape(self, other)
         return DenseDelta(self.dense() + other.dense())
 
     def inner(self, other: Delta) -> float:
         """``<self, other>`` = sum of elementwise products, in float64; factors never become dense."""
-        _same_shape(self, other)
+        same_shape(self, other)
         if isinstance(self, LowRankDelta) and isinstance(other, LowRankDelta):
             return lowrank.inner_of_products(self.B, self.A, other.B, other.A)
         return lowrank.inner_of_dense(self.dense(), other.dense())
@@ -84,7 +84,8 @@ def _in_one_dtype(basis: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return basis.to(dtype), value.to(dtype)
 
 
-def _same_shape(a: Delta, b: Delta) -> None:
+def same_shape(a: Delta, b: Delta) -> None:
+    """Raises ValueError for deltas of unlike shape."""
     if a.shape != b.shape:
         raise ValueError(f"deltas of unlike shape: {a.shape} and {b.shape}")
 
@@ -194,7 +195,7 @@ class LowRankDelta(Delta):
         return LowRankDelta(torch.addmm(B, Z, Z.T @ B, alpha=-1.0), self.A.to(B.dtype))
 
     def add(self, other: Delta) -> Delta:
-        _same_shape(self, other)
+        same_shape(self, other)
         if isinstance(other, LowRankDelta):
             dtype = torch.promote_types(self.dtype, other.dtype)
             return LowRankDelta(

@@ -14,6 +14,7 @@ from math import sqrt
 from torch import Tensor
 
 from devec.core.block import Block
+from devec.core.contracts import TensorSource
 from devec.core.delta import Delta, LowRankDelta
 from devec.core.errors import IncompatibleError, UsageError
 from devec.core.layout import Layout
@@ -51,6 +52,24 @@ class Origin:
     base_name: str | None = None  # what the adapter says its base is
     base_fingerprint: str | None = None  # hash of the base's tensor names, shapes and dtypes, and of its bytes
     config: Mapping[str, object] = field(default_factory=dict)  # the adapter's own configuration
+    model: TensorSource | None = field(default=None, compare=False, repr=False)  # what was read, still open
+    base: TensorSource | None = field(default=None, compare=False, repr=False)  # what it was taken against, still open
+
+    def base_hash(self) -> str | None:
+        """The base's fingerprint, which reads the base where it is open and was not read whole before."""
+        if self.base_fingerprint is None and self.base is not None and hasattr(self.base, "fingerprint"):
+            found: str = self.base.fingerprint()
+            return found
+        return self.base_fingerprint
+
+    def has_base(self) -> bool:
+        return self.base_fingerprint is not None or (self.base is not None and hasattr(self.base, "fingerprint"))
+
+    def same_base(self, other: Origin) -> bool:
+        """False only where both are known and differ; the same open base is not read to see that it is the same."""
+        if not self.has_base() or not other.has_base() or (self.base is not None and self.base is other.base):
+            return True
+        return self.base_hash() == other.base_hash()
 
 
 @dataclass(frozen=True)
@@ -177,11 +196,10 @@ def check_pair(a: TaskVector, b: TaskVector) -> None:
             values={a.name: a.space, b.name: b.space},
             remedy="Use vectors of one kind of fine-tuning.",
         )
-    fa, fb = a.origin.base_fingerprint, b.origin.base_fingerprint
-    if fa is not None and fb is not None and fa != fb:
+    if not a.origin.same_base(b.origin):
         raise IncompatibleError(
             "vectors were taken against different bases",
-            values={a.name: f"base {fa[:12]}", b.name: f"base {fb[:12]}"},
+            values={v.name: f"base {str(v.origin.base_hash())[:12]}" for v in (a, b)},
             file=b.origin.file,
             remedy="Extract both against the same base.",
         )

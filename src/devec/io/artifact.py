@@ -22,6 +22,7 @@ from devec.core.decomposition import Decomposition
 from devec.core.delta import Delta, DenseDelta, LowRankDelta
 from devec.core.errors import InputError
 from devec.core.layout import Layout
+from devec.core.lazy import LazyDelta
 from devec.core.options import Factoring, View
 from devec.core.results import Finding, TensorFactors
 from devec.core.split import RowSplit, split_rows
@@ -143,7 +144,9 @@ def _absolute(path: str, folder: Path) -> str:
 
 
 def _origin_out(origin: Origin, source: Source | None = None) -> dict[str, Any]:
-    plain = {**asdict(origin), "config": dict(origin.config)}
+    shown = replace(origin, base_fingerprint=origin.base_hash(), model=None, base=None)
+    plain = {**asdict(shown), "config": dict(origin.config)}
+    del plain["model"], plain["base"]
     return plain if source is None else {**plain, "file": source.model, "base_name": source.base or None}
 
 
@@ -389,8 +392,12 @@ def read_task_vector(folder: Path, dtype: torch.dtype = torch.float32) -> TaskVe
         )
 
     def make(n: str) -> Delta:
-        value = file.get(n)
-        return DenseDelta(layouts[n].to_matrix(value.to(torch.promote_types(dtype, value.dtype))))
+        layout, wide = layouts[n], torch.promote_types(dtype, file.info(n).dtype)
+
+        def read(start: int, stop: int) -> Tensor:
+            return file.rows(n, start, stop).to(wide).reshape(stop - start, -1)
+
+        return LazyDelta(layout.matrix_shape, wide, read, transposed=layout.transposed)
 
     return TaskVector(
         name=name,

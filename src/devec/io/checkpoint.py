@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +23,7 @@ from devec.io.dialect import (
     dialect_of,
     open_file,
 )
+from devec.io.digests import TensorDigests
 from devec.io.quantised import refuse_quantised
 from devec.io.shard_index import open_shards, read_json
 
@@ -58,7 +57,7 @@ class Checkpoint:
         self._parts = dict(parts)
         self._ties = dict(ties or {})
         self._conv1d = conv1d
-        self._fingerprint: str | None = None
+        self.digests = TensorDigests(self.info, self._rows)
         refuse_quantised(self, reference)
 
     def names(self) -> list[str]:
@@ -80,7 +79,28 @@ class Checkpoint:
 
     def get(self, name: str) -> Tensor:
         """The tensor as stored: its own dtype and shape."""
-        return self._part(name).get(self._ties.get(name, name))
+        stored = self._ties.get(name, name)
+        value = self._part(name).get(stored)
+        self.digests.feed(stored, 0, value.shape[0] if value.ndim else 1, value)
+        return value
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start:stop`` along the first dimension, as stored; a tensor without dimensions is one row."""
+        stored = self._ties.get(name, name)
+        value = self._rows(stored, start, stop)
+        self.digests.feed(stored, start, stop, value)
+        return value
+
+    def _rows(self, stored: str, start: int, stop: int) -> Tensor:
+        return self._part(stored).rows(stored, start, stop)
+
+    def place(self, name: str) -> tuple[int, int, int] | None:
+        """(file descriptor, offset, bytes) of a tensor in its file, for read-ahead; ``None`` in memory."""
+        return self._part(name).place(self._ties.get(name, name))
+
+    def files(self) -> list[Path]:
+        """The weight files that it reads from."""
+        return list(dict.fromkeys(Path(p.path) for p in self._parts.values() if isinstance(p.path, Path)))
 
     def file_of(self, name: str) -> str:
         """The file that holds the tensor, or ``memory``."""
@@ -92,15 +112,8 @@ class Checkpoint:
         return Layout(shape, transposed=len(shape) == 2 and self._is_conv1d(name))
 
     def fingerprint(self) -> str:
-        """SHA-256 over the sorted names with their shapes, dtypes and bytes (cached; reads every tensor once)."""
-        if self._fingerprint is None:
-            digest = hashlib.sha256()
-            for name in sorted(self._parts):
-                info = self.info(name)
-                digest.update(json.dumps([name, list(info.shape), str(info.dtype)]).encode())
-                digest.update(self.get(name).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+        """SHA-256 over the sorted names with their shapes, dtypes and hashes (reads what was not read yet)."""
+        return self.digests.fingerprint(list(self._parts))
 
     def close(self) -> None:
         """Close the files behind it (they are closed anyway when it goes away)."""
@@ -140,6 +153,13 @@ class _Memory:
 
     def get(self, name: str) -> Tensor:
         return self._tensors[name].detach()
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        value = self._tensors[name].detach()
+        return value[start:stop] if value.ndim else value.reshape(1)
+
+    def place(self, name: str) -> None:
+        return None
 
     def close(self) -> None:
         """Nothing to close."""

@@ -13,6 +13,7 @@ import struct
 import weakref
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,23 @@ class PickleFile:
 
     def get(self, name: str) -> Tensor:
         """The tensor as stored, contiguous, in memory of its own."""
+        return self._strided(name, self._view(name))
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start:stop`` along the first dimension: one read from the first of their elements to the last."""
         view = self._view(name)
+        if not view.shape:
+            return self.get(name).reshape(1)
+        shape, first = (stop - start, *view.shape[1:]), view.offset + start * view.stride[0]
+        return self._strided(name, replace(view, shape=shape, offset=first))
+
+    def place(self, name: str) -> tuple[int, int, int]:
+        """(file descriptor, offset, bytes) of a tensor, for read-ahead."""
+        view = self._view(name)
+        size = view.dtype.itemsize
+        return self._fd, self._places[view.storage.key][0] + view.offset * size, view.extent * size
+
+    def _strided(self, name: str, view: TensorView) -> Tensor:
         size = view.dtype.itemsize
         start = self._places[view.storage.key][0] + view.offset * size
         raw = read_bytes(self._fd, start, view.extent * size, path=self.path, tensor=name)

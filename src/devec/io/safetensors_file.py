@@ -91,6 +91,22 @@ class SafetensorsFile:
         raw = read_bytes(self._fd, self._data + entry.start, entry.stop - entry.start, path=self.path, tensor=name)
         return typed(raw, entry.info.dtype, entry.info.shape, path=self.path, tensor=name)
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start:stop`` along the first dimension: one positioned read of just their bytes."""
+        entry = self._entry(name)
+        shape, dtype = entry.info.shape, entry.info.dtype
+        if not shape:
+            return self.get(name).reshape(1)
+        width = prod(shape[1:]) * dtype.itemsize
+        at = self._data + entry.start + start * width
+        raw = read_bytes(self._fd, at, (stop - start) * width, path=self.path, tensor=name)
+        return typed(raw, dtype, (stop - start, *shape[1:]), path=self.path, tensor=name)
+
+    def place(self, name: str) -> tuple[int, int, int]:
+        """(file descriptor, offset, bytes) of a tensor, for read-ahead."""
+        entry = self._entry(name)
+        return self._fd, self._data + entry.start, entry.stop - entry.start
+
     @property
     def ties(self) -> Mapping[str, str]:
         """Empty: the format forbids two names for the same bytes."""

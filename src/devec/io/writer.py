@@ -25,6 +25,7 @@ from torch import Tensor
 
 from devec.core.contracts import TensorInfo
 from devec.core.errors import DevecError, IncompatibleError, RefusedError
+from devec.io.digests import bytes_of
 from devec.io.disk import PIECE, refusing, write_at
 from devec.io.rounding import is_finite, not_finite
 from devec.io.safetensors_file import DTYPES, MAX_HEADER
@@ -219,12 +220,6 @@ class SafetensorsWriter:
 
 def _digest(data: memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order, without a copy where it is contiguous and on the CPU."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
 
 
 def save_file(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from devec.core.block import Block
-from devec.core.delta import Delta, LowRankDelta
+from devec.core.delta import Delta, DenseDelta, LowRankDelta
 from devec.core.errors import UsageError
 from devec.methods.registry import register
 
@@ -31,11 +32,16 @@ def task_arithmetic(block: Block, scale: float = 0.3, weights: list[float] | Non
 def weighted_sum(block: Block, weights: list[float]) -> Delta:
     """``sum_i w_i Delta_i`` over the vectors that have the tensor; a zero delta of rank 0 if none does."""
     total: Delta | None = None
+    own: Tensor | None = None  # a dense total that nobody else holds
     for delta, w in zip(block.deltas, weights, strict=True):
         if delta is None or w == 0.0:
             continue
         term = delta.scale(w)
-        total = term if total is None else total.add(term)
+        if own is not None and term.dtype == own.dtype:
+            total = DenseDelta(own.add_(term.dense()))
+        else:
+            total = term if total is None else total.add(term)
+        own = total.value if isinstance(total, DenseDelta) else None
     if total is None:
         n, m = block.layout.matrix_shape
         dtype = next((d.dtype for d in block.deltas if d is not None), torch.float32)

@@ -1,0 +1,120 @@
+"""Dense deltas that are computed when they are asked for, whole or block of rows by block of rows.
+
+A model is larger than memory and so may be one of its tensors. ``LazyDelta`` knows its shape and how to make any of
+its rows; elementwise arithmetic on it stays lazy, everything else makes the matrix first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import prod
+
+import torch
+from torch import Tensor
+
+from devec.core.delta import Delta, DenseDelta, same_shape
+
+BLOCK = 1 << 18
+"""Elements in a block of rows. A constant, because a product of factors may round otherwise in blocks of another size;
+this one keeps every operand of a sum of several models in the processor's cache (512 kB in bf16, 1 MB in float32)."""
+
+
+def block_rows(shape: tuple[int, ...]) -> int:
+    """Rows (along the first dimension) of a tensor of this shape that make one block; at least one."""
+    return max(BLOCK // max(prod(shape[1:]), 1), 1)
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of each block of a tensor, in order. A tensor without dimensions counts as one row."""
+    rows = shape[0] if shape else 1
+    step = block_rows(shape)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+class LazyDelta(Delta):
+    """``read(start, stop)`` gives those rows of the matrix as it lies in its file; nothing is kept.
+
+    ``shape`` is that of the matrix ``out x in``; with ``transposed`` the file holds its transpose, and rows of the
+    file are columns of the matrix. ``read`` must be pure: the same rows, the same bytes, from any thread.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], dtype: torch.dtype, read: Callable[[int, int], Tensor], *, transposed: bool = False
+    ) -> None:
+        self._shape, self._dtype, self._read, self.transposed = shape, dtype, read, transposed
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def rank_bound(self) -> int:
+        return min(self._shape)
+
+    @property
+    def _filed(self) -> tuple[int, int]:
+        return (self._shape[1], self._shape[0]) if self.transposed else self._shape
+
+    def dense(self) -> Tensor:
+        filed = self._filed
+        out = torch.empty(filed, dtype=self._dtype)
+        for start, stop in row_blocks(filed):
+            out[start:stop] = self._read(start, stop)
+        return out.T if self.transposed else out
+
+    def whole(self) -> DenseDelta:
+        """The matrix, made once, so that several looks at it read nothing again."""
+        return DenseDelta(self.dense())
+
+    def rows(self, start: int, stop: int) -> DenseDelta:
+        if self.transposed:
+            return DenseDelta(self.dense()[start:stop])
+        return DenseDelta(self._read(start, stop))
+
+    def transpose(self) -> LazyDelta:
+        return LazyDelta((self._shape[1], self._shape[0]), self._dtype, self._read, transposed=not self.transposed)
+
+    def scale(self, factor: float) -> LazyDelta:
+        return self._map(lambda x: x * factor, self._dtype)
+
+    def to(self, dtype: torch.dtype) -> LazyDelta:
+        return self if dtype == self._dtype else self._map(lambda x: x.to(dtype), dtype)
+
+    def _map(self, f: Callable[[Tensor], Tensor], dtype: torch.dtype) -> LazyDelta:
+        read = self._read
+        return LazyDelta(self._shape, dtype, lambda a, b: f(read(a, b)), transposed=self.transposed)
+
+    def add(self, other: Delta) -> LazyDelta:
+        same_shape(self, other)
+        read, there = self._read, in_file(other, self.transposed)
+        dtype = torch.promote_types(self._dtype, other.dtype)
+        return LazyDelta(
+            self._shape, dtype, lambda a, b: read(a, b) + there.rows(a, b).dense(), transposed=self.transposed
+        )
+
+    def norm(self) -> float:
+        return self.whole().norm()
+
+    def on(self, device: torch.device) -> Delta:
+        return self if device.type == "cpu" else DenseDelta(self.dense().to(device))
+
+    def project(self, basis: Tensor) -> Delta:
+        return self.whole().project(basis)
+
+    def residual(self, basis: Tensor) -> Delta:
+        return self.whole().residual(basis)
+
+
+def in_file(delta: Delta, transposed: bool) -> Delta:
+    """The delta in the orientation of its file, whose rows are then the file's rows."""
+    return delta.transpose() if transposed else delta
+
+
+def is_dense(delta: Delta | None) -> bool:
+    """Whether the delta is (or will be) a full matrix."""
+    return isinstance(delta, (DenseDelta, LazyDelta))
