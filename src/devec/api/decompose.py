@@ -22,7 +22,7 @@ from devec.core.summary import as_dict
 from devec.core.vectors import Pool, TaskVector
 from devec.engine.threads import Progress, ordered_map, silent
 from devec.io import artifact
-from devec.io.checkpoint import open_checkpoint
+from devec.io.checkpoint import Checkpoint, open_checkpoint
 from devec.io.disk import sha256_of
 from devec.io.folder import OutputFolder
 from devec.io.names import Selection, qkv_split
@@ -192,19 +192,21 @@ def save_decomposition(
     return summary
 
 
-def input_record(v: TaskVector) -> InputRecord:
-    """A vector as an input in recipe, lock and card, with the hash of what was read."""
+def input_record(v: TaskVector, hashes: bool = True) -> InputRecord:
+    """A vector as an input in recipe, lock and card; with ``hashes``, that of what was read (of a checkpoint, its
+    fingerprint)."""
     reference = v.origin.reference if v.origin.reference != "memory" else v.name
     named = source_paths(v)
     if named and named[0].is_dir() and artifact.artifact_kind(named[0]):
-        hashes = {n: sha256_of(named[0] / n) for n in artifact.FILES if (named[0] / n).is_file()}
-        return InputRecord(reference, str(named[0]), hashes, "artifact")
+        files = [n for n in artifact.FILES if hashes and (named[0] / n).is_file()]
+        return InputRecord(reference, str(named[0]), {n: sha256_of(named[0] / n) for n in files} or None, "artifact")
     path = Path(v.origin.file) if v.origin.file else None
     digest: str | None = None
-    if path is not None and path.is_file():
+    if hashes and path is not None and v.origin.dialect == "checkpoint" and path.exists():
+        model = v.origin.model if isinstance(v.origin.model, Checkpoint) else open_checkpoint(path)
+        digest = model.fingerprint()
+    elif hashes and path is not None and path.is_file():
         digest = sha256_of(path)
-    elif path is not None and path.is_dir() and v.origin.dialect == "checkpoint":
-        digest = open_checkpoint(path).fingerprint()
     return InputRecord(reference, None if path is None else str(path), digest, v.origin.dialect)
 
 

@@ -112,8 +112,8 @@ class Edited:
         for coefficient, vector, own, layout in self.terms[name]:
             delta = vector.deltas[own]
             dtype = torch.promote_types(dtype, delta.dtype)
-            terms.append((coefficient, in_file(delta if isinstance(delta, (DenseDelta, LazyDelta, LowRankDelta)) else DenseDelta(delta.dense()),
-                                               layout.transposed)))
+            by_rows = isinstance(delta, (DenseDelta, LazyDelta, LowRankDelta))
+            terms.append((coefficient, in_file(delta if by_rows else DenseDelta(delta.dense()), layout.transposed)))
 
         def read(start: int, stop: int) -> Tensor:
             before = widened_rows(self.base, name, start, stop, dtype)

@@ -20,7 +20,7 @@ from devec.core.delta import Delta
 from devec.core.errors import InputError, UsageError
 from devec.core.lazy import LazyDelta, is_dense
 from devec.core.results import Finding
-from devec.core.vectors import LazyMap, Pool, TaskVector
+from devec.core.vectors import LazyMap, Pool, TaskVector, cost_of
 from devec.io.adapters import is_adapter
 from devec.io.artifact import artifact_kind
 from devec.io.model_folder import WrittenModel
@@ -65,7 +65,8 @@ class ZeroBase:
         return self.like.file_of(name)
 
     def get(self, name: str) -> Tensor:
-        return torch.zeros(self.info(name).shape, dtype=self.info(name).dtype) if self._empty(name) else self.like.get(name)
+        info = self.info(name)
+        return torch.zeros(info.shape, dtype=info.dtype) if self._empty(name) else self.like.get(name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         if not self._empty(name):
@@ -169,13 +170,21 @@ def merged_vector(method: registry.Method, pool: Pool, parameters: Mapping[str, 
 
     first = pool[0]
     names = pool.tensors()
+    sources = list({id(s): s for v in pool for s in v.origin.sources()}.values())
+
+    def cost(name: str) -> int:
+        parts = sum(cost_of(v.deltas)(name) for v in pool if name in v.deltas)
+        if method.grain == "elements" or (method.grain == "rows" and not pool.layout(name).transposed):
+            return parts
+        n, m = pool.layout(name).matrix_shape
+        return parts + (len(pool) + 2) * n * m * 8  # whole matrices, and as much again for the method's own
     return replace(
         first,
         name=f"{method.name}-of-{len(pool)}",
-        deltas=LazyMap(names, make),
+        deltas=LazyMap(names, make, cost),
         layouts={n: pool.layout(n) for n in names},
         heads={},
-        origin=replace(first.origin, reference="memory", file=None),
+        origin=replace(first.origin, reference="memory", file=None, others=tuple(sources)),
         partial=all(v.partial for v in pool),
     )
 

@@ -13,15 +13,17 @@ from torch import Tensor
 
 from devec.api.decompose import input_record, source_paths
 from devec.api.edit import Edited, check_finite
+from devec.api.jobs import Job
+from devec.api.run import Engine, Filling
 from devec.core.contracts import TensorSource
 from devec.core.errors import DevecError, IncompatibleError, RefusedError, UsageError
 from devec.core.provenance import InputRecord, Provenance
-from devec.core.vectors import LazyMap, TaskVector
+from devec.core.vectors import LazyMap, TaskVector, cost_of
 from devec.engine.threads import Progress, silent
 from devec.io import artifact
 from devec.io.adapters.write import write_adapter
 from devec.io.folder import OutputFolder
-from devec.io.model_folder import WrittenModel, write_model_folder
+from devec.io.model_folder import WrittenModel, plan_model, write_model_folder
 from devec.io.records import installed_versions, write_records
 from devec.io.shards import DEFAULT_SHARD_SIZE
 
@@ -32,7 +34,8 @@ class Saving:
 
     command: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    inputs: tuple[InputRecord, ...] = ()
+    vectors: tuple[TaskVector, ...] = ()
+    base: TensorSource | None = None
     overwrite: bool = False
     strict: bool = False
     shard_size: int = DEFAULT_SHARD_SIZE
@@ -43,14 +46,23 @@ class Saving:
     card_text: str | None = None
     recipe: Mapping[str, Any] | None = None
     progress: Progress = silent
-    kept: tuple[Path, ...] = ()
-    """Input files and folders, which an output may not replace or lie in."""
+    engine: Engine = field(default_factory=Engine)
+    job: Job | None = None
+    """How another process makes the model that is saved, if one can."""
 
-    def provenance(self) -> Provenance:
+    @property
+    def kept(self) -> tuple[Path, ...]:
+        """Input files and folders, which an output may not replace or lie in."""
+        found = [p for v in self.vectors for p in source_paths(v)]
+        return tuple(dict.fromkeys([*found, *([] if self.base is None else _places(self.base))]))
+
+    def provenance(self, *, hashes: bool = True) -> Provenance:
+        """What the output says of itself; hashes of inputs are those of what was read, and read what was not."""
+        records = [] if self.base is None else [base_record(self.base, hashes)]
         return Provenance(
             command=self.command,
             parameters=self.parameters,
-            inputs=self.inputs,
+            inputs=(*records, *(input_record(v, hashes) for v in self.vectors)),
             versions=installed_versions(),
             seed=self.seed,
             dtype=_name(self.dtype),
@@ -59,23 +71,16 @@ class Saving:
         )
 
     def for_inputs(self, vectors: Iterable[TaskVector], base: TensorSource | None = None) -> Saving:
-        vectors = list(vectors)
-        records = [input_record(v) for v in vectors]
-        kept = [p for v in vectors for p in source_paths(v)]
-        if base is not None:
-            records.insert(0, base_record(base))
-            kept += _places(base)
-        return replace(self, inputs=tuple(records), kept=tuple(dict.fromkeys(kept)))
-
+        return replace(self, vectors=tuple(vectors), base=base)
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def base_record(base: TensorSource) -> InputRecord:
+def base_record(base: TensorSource, hashes: bool = True) -> InputRecord:
     exists = Path(base.reference).exists()
-    digest = base.fingerprint() if hasattr(base, "fingerprint") else None
+    digest = base.fingerprint() if hashes and hasattr(base, "fingerprint") else None
     return InputRecord(
         reference=base.reference, path=base.reference if exists else None, sha256=digest, kind="base"
     )
@@ -92,28 +97,23 @@ def _places(base: TensorSource) -> list[Path]:
 
 def save_model(model: TensorSource, out: str | Path, saving: Saving, base_models: Sequence[str] = ()) -> WrittenModel:
     """A checkpoint: a Hugging Face folder, or one file when ``out`` ends in ``.safetensors``."""
-    total, done = len(model.names()), 0
-
-    def advance(name: str, _size: int) -> None:
-        nonlocal done
-        done += 1
-        saving.progress(done, total, name)
-
+    before = saving.provenance(hashes=False)
+    plan = plan_model(Path(out), model, before, out_dtype=saving.out_dtype, shard_size=saving.shard_size)
+    run = saving.engine.run(before, plan.digest(), saving.kept)
     with naming_the_output(out, model):
         return write_model_folder(
-            Path(out),
+            plan,
             model,  # type: ignore[arg-type]
-            model.value if isinstance(model, Edited) else model.get,
-            provenance=saving.provenance(),
+            Filling(model, plan, run, saving.engine, saving.job, saving.progress),
+            provenance=saving.provenance,
+            run=run,
             out_dtype=saving.out_dtype,
-            shard_size=saving.shard_size,
             overwrite=saving.overwrite,
             strict=saving.strict,
             base_models=list(base_models) or [model.reference],
             summary=saving.summary,
             card_text=saving.card_text,
             inputs=saving.kept,
-            on_tensor=advance,
         )
 
 
@@ -128,7 +128,7 @@ def naming_the_output(out: str | Path, source: TensorSource | TaskVector) -> Ite
                 source.blame(error.tensor)
             elif isinstance(source, TaskVector) and error.tensor in source.deltas:
                 check_finite(source.deltas[error.tensor].dense(), error.tensor, source.origin.file, source.name)
-        if error.file is not None and ".partial-" in error.file:
+        if error.file is not None and ".partial-run" in error.file:
             error.file = str(out)
         raise
 
@@ -173,7 +173,7 @@ def original_spelling(vector: TaskVector) -> TaskVector:
     old = {back.get(n, here + n.removeprefix(there)): n for n in vector.deltas}
     return replace(
         vector,
-        deltas=LazyMap(list(old), lambda n: vector.deltas[old[n]]),
+        deltas=LazyMap(list(old), lambda n: vector.deltas[old[n]], lambda n: cost_of(vector.deltas)(old[n])),
         layouts={o: vector.layouts[n] for o, n in old.items()},
     )
 

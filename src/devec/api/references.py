@@ -22,7 +22,7 @@ from devec.core.decomposition import Decomposition
 from devec.core.errors import IncompatibleError, InputError, UsageError
 from devec.core.options import View
 from devec.core.results import Finding
-from devec.core.vectors import LazyMap, Pool, TaskVector
+from devec.core.vectors import LazyMap, Pool, TaskVector, cost_of
 from devec.io import artifact
 from devec.io.adapters import is_adapter, read_adapter
 from devec.io.checkpoint import (
@@ -255,7 +255,10 @@ def select(vector: TaskVector, selection: Selection) -> TaskVector:
     if len(keep) == len(vector.deltas) and len(heads) == len(vector.heads):
         return vector
     deltas = vector.deltas
-    kept = deltas.only(keep) if isinstance(deltas, artifact.SourcedMap) else LazyMap(keep, deltas.__getitem__)
+    if isinstance(deltas, artifact.SourcedMap):
+        kept: LazyMap = deltas.only(keep)
+    else:
+        kept = LazyMap(keep, deltas.__getitem__, cost_of(deltas))
     return replace(vector, deltas=kept, layouts={n: vector.layouts[n] for n in keep}, heads=heads)
 
 
@@ -320,7 +323,7 @@ def rename(vector: TaskVector, spelling: Mapping[str, str]) -> TaskVector:
     config = {**vector.origin.config, "devec_spelling": back}
     return replace(
         vector,
-        deltas=LazyMap([spelling[n] for n in vector.deltas], make),
+        deltas=LazyMap([spelling[n] for n in vector.deltas], make, lambda n: cost_of(vector.deltas)(back[n])),
         layouts={spelling[n]: vector.layouts[n] for n in vector.deltas},
         origin=replace(vector.origin, config=config),
     )

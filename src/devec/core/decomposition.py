@@ -268,10 +268,19 @@ class Decomposition:
         part = replace(
             source,
             name=f"{kind}-{name}",
-            deltas=LazyMap(names, lambda n: make(n, index, source.deltas[n])),
+            deltas=LazyMap(names, lambda n: make(n, index, source.deltas[n]), lambda n: self._cost(n, index)),
             layouts={n: source.layouts[n] for n in names},
         )
         return self._joined(part)
+
+    def _cost(self, tensor: str, index: int) -> int:
+        """Bytes that making a part of one tensor takes: the matrix, its part, and thin factors beside them."""
+        t = self.tensors[tensor]
+        n, m = t.layout.matrix_shape
+        size = 8 if self.factoring.dtype == "float64" else 4
+        if index in t.low_rank:
+            return 6 * (n + m) * max((svd.rank for svd in t.svd.values()), default=0) * size
+        return 3 * n * m * size
 
     def _removed_sides(self, tensor: str, index: int) -> dict[str, Tensor] | None:
         """Z of each side; ``None`` if one of them is empty: a projector onto nothing on either side is nothing."""
@@ -311,7 +320,10 @@ class Decomposition:
         part = replace(
             first,
             name=label,
-            deltas=LazyMap(names, lambda n: self._weighted(n, members(n), pair)),
+            deltas=LazyMap(
+                names, lambda n: self._weighted(n, members(n), pair),
+                lambda n: max((self._cost(n, i) for i in members(n)), default=0),
+            ),
             layouts={n: self.tensors[n].layout for n in names},
             heads={},
         )

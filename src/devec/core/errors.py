@@ -12,7 +12,8 @@ from pathlib import Path
 class DevecError(Exception):
     """Base of every error that devec raises on purpose.
 
-    ``what`` is a sentence without a full stop. ``values`` maps a label to the value found there, e.g.
+    ``passing`` marks what may be over when the same command is given again (a full disk, a vanished file). ``what`` is
+    a sentence without a full stop. ``values`` maps a label to the value found there, e.g.
     ``{"A": (4, 4), "B": (4, 5)}``. ``remedy`` is an imperative sentence.
     """
 
@@ -26,12 +27,14 @@ class DevecError(Exception):
         values: dict[str, object] | None = None,
         file: str | Path | None = None,
         remedy: str | None = None,
+        passing: bool = False,
     ) -> None:
         self.what = what
         self.tensor = tensor
         self.values = dict(values or {})
         self.file = None if file is None else str(file)
         self.remedy = remedy
+        self.passing = passing
         super().__init__(self.line())
 
     def line(self) -> str:
@@ -49,6 +52,15 @@ class DevecError(Exception):
 
     def __str__(self) -> str:
         return self.line()
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """Ctrl-C in a run whose finished part is kept; the text says how to go on."""
+
+
+def resumable(error: BaseException) -> bool:
+    """Whether what a run had finished is worth keeping after this error: it is not one that comes again for certain."""
+    return error.passing if isinstance(error, DevecError) else True
 
 
 class UsageError(DevecError):

@@ -40,7 +40,8 @@ class LazyDelta(Delta):
     """
 
     def __init__(
-        self, shape: tuple[int, int], dtype: torch.dtype, read: Callable[[int, int], Tensor], *, transposed: bool = False
+        self, shape: tuple[int, int], dtype: torch.dtype, read: Callable[[int, int], Tensor], *,
+        transposed: bool = False,
     ) -> None:
         self._shape, self._dtype, self._read, self.transposed = shape, dtype, read, transposed
 

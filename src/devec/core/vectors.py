@@ -21,11 +21,20 @@ from devec.core.layout import Layout
 
 
 class LazyMap(Mapping[str, Delta]):
-    """A mapping whose values are made on request, each time anew; nothing is kept."""
+    """A mapping whose values are made on request, each time anew; nothing is kept.
 
-    def __init__(self, names: Sequence[str], make: Callable[[str], Delta]) -> None:
+    ``cost`` says how many bytes making a value takes besides rows that are read block by block (0 if not given).
+    """
+
+    def __init__(
+        self, names: Sequence[str], make: Callable[[str], Delta], cost: Callable[[str], int] | None = None
+    ) -> None:
         self._names = dict.fromkeys(names)
         self._make = make
+        self._cost = cost
+
+    def cost(self, name: str) -> int:
+        return 0 if self._cost is None else self._cost(name)
 
     def __getitem__(self, name: str) -> Delta:
         if name not in self._names:
@@ -54,6 +63,12 @@ class Origin:
     config: Mapping[str, object] = field(default_factory=dict)  # the adapter's own configuration
     model: TensorSource | None = field(default=None, compare=False, repr=False)  # what was read, still open
     base: TensorSource | None = field(default=None, compare=False, repr=False)  # what it was taken against, still open
+    others: tuple[TensorSource, ...] = field(default=(), compare=False, repr=False)  # what else a sum of vectors reads
+
+    def sources(self) -> list[TensorSource]:
+        """Every open model that the vector reads from, each once."""
+        found = [s for s in (self.model, *self.others, self.base) if s is not None]
+        return list({id(s): s for s in found}.values())
 
     def base_hash(self) -> str | None:
         """The base's fingerprint, which reads the base where it is open and was not read whole before."""
@@ -144,7 +159,8 @@ class TaskVector:
                 return other.deltas[n]
             return self.deltas[n].add(other.deltas[n])
 
-        merged = replace(self, layouts={**other.layouts, **self.layouts}, heads={})
+        origin = replace(self.origin, others=(*self.origin.others, *other.origin.sources()))
+        merged = replace(self, layouts={**other.layouts, **self.layouts}, heads={}, origin=origin)
         return merged._with(names, total, f"{self.name}+{other.name}")
 
     def __sub__(self, other: TaskVector) -> TaskVector:
@@ -179,8 +195,14 @@ class TaskVector:
 
     def _with(self, names: Sequence[str], make: Callable[[str], Delta], name: str) -> TaskVector:
         return replace(
-            self, name=name, deltas=LazyMap(names, make), layouts={n: self.layouts[n] for n in names}
+            self, name=name, deltas=LazyMap(names, make, cost_of(self.deltas)),
+            layouts={n: self.layouts[n] for n in names},
         )
+
+
+def cost_of(deltas: Mapping[str, Delta]) -> Callable[[str], int]:
+    """What making each delta takes (see :class:`LazyMap`); nothing for those that stand in memory."""
+    return deltas.cost if isinstance(deltas, LazyMap) else lambda _name: 0
 
 
 def analogy(a: TaskVector, b: TaskVector, c: TaskVector) -> TaskVector:

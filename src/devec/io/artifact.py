@@ -144,9 +144,10 @@ def _absolute(path: str, folder: Path) -> str:
 
 
 def _origin_out(origin: Origin, source: Source | None = None) -> dict[str, Any]:
-    shown = replace(origin, base_fingerprint=origin.base_hash(), model=None, base=None)
+    shown = replace(origin, base_fingerprint=origin.base_hash(), model=None, base=None, others=())
     plain = {**asdict(shown), "config": dict(origin.config)}
-    del plain["model"], plain["base"]
+    for open_source in ("model", "base", "others"):
+        del plain[open_source]
     return plain if source is None else {**plain, "file": source.model, "base_name": source.base or None}
 
 

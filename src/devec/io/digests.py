@@ -25,6 +25,7 @@ class TensorDigests:
         self._info, self._rows = info, rows
         self._known: dict[str, str] = {}
         self._open: dict[str, tuple[int, hashlib._Hash]] = {}
+        self._new: dict[str, str] = {}
         self._watching = False
         self._lock = Lock()
 
@@ -46,7 +47,7 @@ class TensorDigests:
         shape = self._info(name).shape
         with self._lock:
             if stop >= (shape[0] if shape else 1):
-                self._known[name] = digest.hexdigest()
+                self._known[name] = self._new[name] = digest.hexdigest()
             else:
                 self._open[name] = (stop, digest)
 
@@ -60,9 +61,11 @@ class TensorDigests:
                 self._known[name] = digest.hexdigest()
         return self._known[name]
 
-    def known(self, name: str) -> str | None:
-        """The hash of one tensor if it was read whole."""
-        return self._known.get(name)
+    def take(self) -> dict[str, str]:
+        """The hashes found in passing since the last call, for whoever writes them down."""
+        with self._lock:
+            new, self._new = self._new, {}
+        return new
 
     def learn(self, found: Mapping[str, str]) -> None:
         """Hashes that another process, or an earlier run over the same files, has found."""

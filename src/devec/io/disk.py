@@ -6,6 +6,7 @@ All writing goes through ``os.write`` and ``os.pwrite`` in pieces: one call may 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -35,16 +36,17 @@ def refusal(error: OSError, path: Path) -> RefusedError:
     """The refusal that says what the operating system would not do."""
     if error.errno in _FULL:
         return RefusedError(
-            "no space left on the disk", file=path, remedy="Free some space, or give -o a place on another disk."
+            "no space left on the disk", file=path, remedy="Free some space, or give -o a place on another disk.",
+            passing=True,
         )
     if error.errno in _DENIED:
         return RefusedError(
             "the output cannot be written", values={"reason": error.strerror}, file=path,
-            remedy="Give -o a place that you may write to.",
+            remedy="Give -o a place that you may write to.", passing=True,
         )
     return RefusedError(
         "writing failed", values={"reason": error.strerror or str(error)}, file=path,
-        remedy="Check the disk, or give -o another place.",
+        remedy="Check the disk, or give -o another place.", passing=True,
     )
 
 
@@ -68,6 +70,21 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
     while data:
         done = os.pwrite(fd, data[:PIECE], offset)
         data, offset = data[done:], offset + done
+
+
+_sync_file_range = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_START = 2  # SYNC_FILE_RANGE_WRITE
+
+
+def start_writing_back(fd: int, offset: int, count: int) -> None:
+    """Ask the system to bring these bytes to the disk now, without waiting: the last flush then has little to do.
+
+    It is a hint and promises nothing (a flush reports errors); systems without it are left alone.
+    """
+    if _sync_file_range is not None:
+        _sync_file_range(fd, offset, count, _START)
 
 
 def sha256_of(path: Path) -> str:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from devec.core.contracts import TensorInfo, TensorSource
 from devec.core.errors import DevecError, InputError, RefusedError, SideStepError
 from devec.core.provenance import Provenance
 from devec.io.card import Relation, model_card
 from devec.io.disk import write_file
-from devec.io.folder import OutputFolder, output_file
+from devec.io.folder import OutputFolder, Run
 from devec.io.records import dump_yaml, write_records
-from devec.io.shards import DEFAULT_SHARD_SIZE, Shard, ShardWriter, plan_shards
+from devec.io.shards import DEFAULT_SHARD_SIZE, Fill, Shard, ShardWriter, plan_shards
 from devec.io.writer import nbytes
 
 COMPANIONS = (
@@ -66,18 +66,65 @@ class WrittenModel:
     notes: tuple[str, ...] = ()
 
 
-Tensors = Callable[[str], Tensor] | Iterable[tuple[str, Tensor]]
+@dataclass(frozen=True)
+class ModelPlan:
+    """What will be written, known before any tensor is computed: files, their tensors, and what their headers say."""
+
+    out: Path
+    shards: tuple[Shard, ...]
+    metadata: Mapping[str, str]
+
+    @property
+    def single(self) -> bool:
+        """One ``.safetensors`` file, which carries recipe and tensor hashes itself."""
+        return self.out.suffix == ".safetensors"
+
+    @property
+    def bytes(self) -> int:
+        return sum(nbytes(info) for shard in self.shards for _, info in shard.entries)
+
+    @property
+    def tensors(self) -> int:
+        return sum(len(shard.entries) for shard in self.shards)
+
+    def digest(self) -> str:
+        """SHA-256 over files, names, shapes, dtypes and metadata: equal plans give files that can be gone on with."""
+        rows = [[s.filename, [[n, list(i.shape), str(i.dtype)] for n, i in s.entries]] for s in self.shards]
+        return hashlib.sha256(json.dumps([rows, dict(self.metadata)]).encode()).hexdigest()
+
+    def writer(self, folder: Path, *, reopen: bool = True) -> ShardWriter:
+        """The files of the plan in ``folder``; several processes may open them."""
+        return ShardWriter(folder, self.shards, self.metadata, hashes_in_header=self.single, reopen=reopen)
 
 
-def write_model_folder(
+def plan_model(
     out: Path,
-    source: ModelSource,
-    tensors: Tensors,
-    *,
+    source: TensorSource,
     provenance: Provenance,
+    *,
     out_dtype: torch.dtype | None = None,
     infos: Mapping[str, TensorInfo] | None = None,
     shard_size: int = DEFAULT_SHARD_SIZE,
+    metadata: Mapping[str, str] | None = None,
+) -> ModelPlan:
+    """Every tensor of ``source`` in ``source``'s own layout (see :func:`write_model_folder`)."""
+    out = Path(out)
+    entries = plan_entries(source, out_dtype, infos)
+    header = {**_tie_metadata(source), **(metadata or {})}
+    if out.suffix == ".safetensors":
+        header[_RECIPE_KEY] = dump_yaml(provenance.to_recipe()).decode()
+        return ModelPlan(out, (Shard(out.name, tuple(entries)),), header)
+    return ModelPlan(out, tuple(plan_shards(entries, shard_size)), header)
+
+
+def write_model_folder(
+    plan: ModelPlan,
+    source: ModelSource,
+    fill: Fill,
+    *,
+    provenance: Callable[[], Provenance],
+    run: Run | None = None,
+    out_dtype: torch.dtype | None = None,
     overwrite: bool = False,
     strict: bool = False,
     base_models: Sequence[str] = (),
@@ -85,66 +132,82 @@ def write_model_folder(
     tags: Sequence[str] = (),
     summary: Mapping[str, object] | None = None,
     card_text: str | None = None,
-    metadata: Mapping[str, str] | None = None,
     inputs: Sequence[Path] = (),
-    on_tensor: Callable[[str, int], None] | None = None,
 ) -> WrittenModel:
-    """Write every tensor of ``source`` with the values that ``tensors`` gives, in ``source``'s own layout.
+    """Write every tensor of ``source`` as ``plan`` says, with the values that ``fill`` puts into the writer.
 
-    ``tensors`` is a function of the name, called in writing order, or (name, value) pairs in any order; each value
-    has the stored shape and any float dtype, and is rounded to nearest last. ``out_dtype`` holds for float tensors
-    (default: the dtype that ``source`` stores each one in); integers are written bit for bit. ``infos`` replaces
-    shape and dtype of single tensors (e.g. a resized vocabulary). Tied tensors are written once. ``out`` ending in
-    ``.safetensors`` gives that one file, with recipe and tensor hashes in its metadata; any other name gives a folder.
+    Each value has the stored shape and any float dtype, and is rounded to nearest last; integers are written bit for
+    bit. The plan's ``out_dtype`` holds for float tensors (default: the dtype that ``source`` stores each one in), and
+    its ``infos`` replace shape and dtype of single tensors (e.g. a resized vocabulary). Tied tensors are written once.
+    A plan for a name that ends in ``.safetensors`` gives that one file, with recipe and tensor hashes in its metadata;
+    any other name gives a folder. ``provenance`` is asked for once the weights are written, when every input was read.
 
-    Memory: one tensor. Nothing stands under ``out`` before all is written.
+    Nothing stands under ``out`` before all is written. With ``run`` the finished tensors outlive an interrupt.
 
     Raises :class:`RefusedError` (the output exists, is an input, the disk is full, a value overflows ``out_dtype``),
     :class:`IncompatibleError` (a value is NaN or of another shape), and :class:`SideStepError` when the weights are
     in place but card or tokenizer are not; with ``strict`` that is a refusal and nothing is written.
     """
-    out = Path(out)
-    entries = plan_entries(source, out_dtype, infos)
-    expected = sum(nbytes(info) for _, info in entries) + _ROOM
     kept = [*inputs, *([source.folder] if source.folder is not None else _files(source))]
-    if out.suffix == ".safetensors":
-        header = {_RECIPE_KEY: dump_yaml(provenance.to_recipe()).decode(), **_tie_metadata(source), **(metadata or {})}
-        with output_file(out, overwrite=overwrite, inputs=kept, expected_bytes=expected) as partial:
-            shard = Shard(partial.name, tuple(entries))
-            writer = _write_weights(partial.parent, [shard], tensors, header, on_tensor, hashes_in_header=True)
-        return WrittenModel(out, (out.name,), len(entries), writer.total_size)
-
+    place = OutputFolder(
+        plan.out, overwrite=overwrite, inputs=kept, expected_bytes=plan.bytes + _ROOM, run=run, single=plan.single
+    )
     notes: list[str] = []
     failed: list[str] = []
-    with OutputFolder(out, overwrite=overwrite, inputs=kept, expected_bytes=expected) as folder:
-        header = {**_tie_metadata(source), **(metadata or {})}
-        writer = _write_weights(folder.path, plan_shards(entries, shard_size), tensors, header, on_tensor)
-        _write_config(folder.path, source, entries, out_dtype)
-        if source.config is not None and "auto_map" in source.config:
-            notes.append("the base's config names custom code (auto_map), which is not copied")
-        failed += _copy_companions(folder.path, source.folder)
+    with place as folder:
+        writer = _filled(plan, folder, fill)
+        if run is not None and run.shard is not None:
+            return WrittenModel(folder.path, tuple(s.filename for s in plan.shards), 0, 0, (_shard_note(writer, run),))
+        if not plan.single:
+            _write_config(folder.path, source, plan, out_dtype)
+            if source.config is not None and "auto_map" in source.config:
+                notes.append("the base's config names custom code (auto_map), which is not copied")
+            failed += _copy_companions(folder.path, source.folder)
+            found = provenance()
 
-        def card() -> str:
-            return model_card(
-                provenance, title=out.name, base_models=base_models, relation=relation, library="transformers",
-                tags=tags, text=card_text,
-            )
+            def card() -> str:
+                return model_card(
+                    found, title=plan.out.name, base_models=base_models, relation=relation, library="transformers",
+                    tags=tags, text=card_text,
+                )
 
-        failed += _side_step("README.md", lambda: write_file(folder.path / "README.md", card().encode()))
-        if failed and strict:
-            raise RefusedError(
-                "a side step failed and --strict was given, so nothing is written",
-                values={"failed": "; ".join(failed)}, file=out, remedy="Mend it, or leave --strict out.",
-            )
-        write_records(
-            folder.path, provenance, journal=writer.journal(), summary=summary, known=writer.hashes()
-        )
+            failed += _side_step("README.md", lambda: write_file(folder.path / "README.md", card().encode()))
+            if failed and strict:
+                raise RefusedError(
+                    "a side step failed and --strict was given, so nothing is written",
+                    values={"failed": "; ".join(failed)}, file=plan.out, remedy="Mend it, or leave --strict out.",
+                )
+            write_records(folder.path, found, journal=writer.journal(), summary=summary, known=writer.hashes())
     if failed:
         raise SideStepError(
             "the weights are written, but a side step failed",
-            values={"failed": "; ".join(failed)}, file=out, remedy="Copy the file by hand, or run again.",
+            values={"failed": "; ".join(failed)}, file=plan.out, remedy="Copy the file by hand, or run again.",
         )
-    return WrittenModel(out, tuple(s.filename for s in writer.shards), len(entries), writer.total_size, tuple(notes))
+    files = tuple(s.filename for s in writer.shards)
+    return WrittenModel(plan.out, files, plan.tensors, writer.total_size, tuple(notes))
+
+
+def _filled(plan: ModelPlan, folder: OutputFolder, fill: Fill) -> ShardWriter:
+    """The writer of a plan with every tensor in it; closed, or with shards left open for the others."""
+    whole = folder.run is None or folder.run.shard is None
+    writer = plan.writer(folder.path, reopen=folder.run is not None)
+    try:
+        if whole and not plan.single:
+            with writer.following():
+                fill(writer, folder.journal)
+        else:
+            fill(writer, folder.journal)
+        if whole:
+            writer.close()
+    finally:
+        writer.release()
+    return writer
+
+
+def _shard_note(writer: ShardWriter, run: Run) -> str:
+    assert run.shard is not None
+    done = len(writer.names) - len(writer.missing())
+    return f"shard {run.shard[0]} of {run.shard[1]} has written {done} tensors; devec join finishes when all have"
 
 
 def plan_entries(
@@ -163,29 +226,6 @@ def plan_entries(
     return entries
 
 
-def _write_weights(
-    folder: Path,
-    shards: Sequence[Shard],
-    tensors: Tensors,
-    metadata: Mapping[str, str],
-    on_tensor: Callable[[str, int], None] | None,
-    *,
-    hashes_in_header: bool = False,
-) -> ShardWriter:
-    writer = ShardWriter(folder, shards, metadata, hashes_in_header=hashes_in_header)
-    pairs = ((n, tensors(n)) for n in writer.names) if callable(tensors) else tensors
-    try:
-        for name, value in pairs:
-            size = writer.put(name, value)
-            if on_tensor is not None:
-                on_tensor(name, size)
-        writer.close()
-    except BaseException:
-        writer.abort()
-        raise
-    return writer
-
-
 def _tie_metadata(source: TensorSource) -> dict[str, str]:
     """alias -> stored name, which is how safetensors' own model loader finds a tensor stored under another name."""
     return dict(sorted(source.ties.items()))
@@ -196,12 +236,12 @@ def _files(source: TensorSource) -> list[Path]:
 
 
 def _write_config(
-    folder: Path, source: ModelSource, entries: Sequence[tuple[str, TensorInfo]], out_dtype: torch.dtype | None
+    folder: Path, source: ModelSource, plan: ModelPlan, out_dtype: torch.dtype | None
 ) -> None:
     """config.json as the base has it; its dtype fields follow ``out_dtype`` if every float tensor does."""
     if source.config is None:
         return
-    floats = {info.dtype for _, info in entries if info.dtype.is_floating_point}
+    floats = {info.dtype for shard in plan.shards for _, info in shard.entries if info.dtype.is_floating_point}
     config = dict(source.config)
     if out_dtype is not None and floats == {out_dtype}:
         config = _with_dtype(config, str(out_dtype).removeprefix("torch."))

@@ -26,7 +26,7 @@ def read_bytes(fd: int, offset: int, count: int, *, path: Path, tensor: str) -> 
         try:
             got = os.preadv(fd, [view[done : done + _PIECE]], offset + done)
         except OSError as error:
-            raise InputError(f"reading failed: {error.strerror}", tensor=tensor, file=path) from None
+            raise InputError(f"reading failed: {error.strerror}", tensor=tensor, file=path, passing=True) from None
         if got == 0:
             raise InputError(
                 "the file ends inside a tensor",
@@ -34,6 +34,7 @@ def read_bytes(fd: int, offset: int, count: int, *, path: Path, tensor: str) -> 
                 values={"bytes wanted": count, "bytes found": done},
                 file=path,
                 remedy="The file is truncated or changed while it was read; get it again.",
+                passing=True,
             )
         done += got
     return out

@@ -13,8 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -26,7 +25,7 @@ from torch import Tensor
 from devec.core.contracts import TensorInfo
 from devec.core.errors import DevecError, IncompatibleError, RefusedError
 from devec.io.digests import bytes_of
-from devec.io.disk import PIECE, refusing, write_at
+from devec.io.disk import PIECE, refusing, start_writing_back, write_at
 from devec.io.rounding import is_finite, not_finite
 from devec.io.safetensors_file import DTYPES, MAX_HEADER
 
@@ -36,18 +35,22 @@ DTYPE_NAMES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.ite
 TENSOR_HASHES = "devec.sha256"
 """Metadata key: JSON object, tensor name -> SHA-256 of the tensor's bytes as stored."""
 
+_HASHED_AT_ONCE = 1 << 21
+"""Bytes that are read back and hashed at once: they stay in the cache between the two."""
+
+
 def nbytes(info: TensorInfo) -> int:
     """Bytes that a tensor takes in a file."""
     return prod(info.shape) * info.dtype.itemsize
 
 
 class SafetensorsWriter:
-    """One safetensors file, written tensor by tensor.
+    """One safetensors file, written tensor by tensor, or rows by rows, from any number of threads or processes.
 
-    ``entries`` names every tensor with its shape and dtype; :meth:`put` takes them in any order (in the order
-    given, the file's hash costs no second reading). Every byte follows from the entries, the metadata and the
-    values: there is nothing else in the file. With ``hashes_in_header`` the metadata also holds the SHA-256 of each
-    tensor under :data:`TENSOR_HASHES`.
+    ``entries`` names every tensor with its shape and dtype; they may be written in any order (in the order given, the
+    file's hash costs no second reading). Every byte follows from the entries, the metadata and the values: there is
+    nothing else in the file. With ``hashes_in_header`` the metadata also holds the SHA-256 of each tensor under
+    :data:`TENSOR_HASHES`. With ``reopen`` the file may exist, begun with the same entries and metadata.
 
     As a context manager it closes on success and removes the file on failure.
     """
@@ -59,6 +62,7 @@ class SafetensorsWriter:
         metadata: Mapping[str, str] | None = None,
         *,
         hashes_in_header: bool = False,
+        reopen: bool = False,
     ) -> None:
         self.path = Path(path)
         self.tensor_sha256: dict[str, str] = {}
@@ -83,18 +87,19 @@ class SafetensorsWriter:
         self.size = self._start + at
         self._hash = hashlib.sha256()
         self._hashed = 0  # bytes of the file, from its start, that the running hash has seen
+        self._ready = 0  # tensors, in file order, that are written and not yet passed by
         self._digest: str | None = None
-        self._lock = Lock()
-        self._helper = ThreadPoolExecutor(max_workers=1)
+        self._lock, self._hashing = Lock(), Lock()
+        self._begun: set[str] = set()
         with refusing(self.path):
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | (0 if reopen else os.O_EXCL), 0o666)
             try:
                 write_at(self._fd, memoryview(header), 0)
+                if reopen and os.fstat(self._fd).st_size != self.size:
+                    os.ftruncate(self._fd, self.size)
             except BaseException:
                 self.abort()
                 raise
-        if not hashes_in_header:
-            self._advance(memoryview(header), 0)
 
     def _header(self, hashes: Mapping[str, str]) -> bytes:
         metadata = dict(self._metadata)
@@ -122,42 +127,98 @@ class SafetensorsWriter:
 
         ``finite=True`` says that the values were looked at already (:func:`cast` does) and saves a pass.
         """
+        info = self._infos.get(name)
+        if info is not None and tuple(tensor.shape) != tuple(info.shape):
+            raise self._unlike(name, tensor)
+        self.write(name, [tensor], finite=finite)
+
+    def write(self, name: str, blocks: Iterable[Tensor], *, finite: bool = False) -> str:
+        """Write one tensor as blocks of rows that follow one another; returns the SHA-256 of its bytes. Thread-safe.
+
+        Nobody else may write the same tensor at the same time.
+        """
         if name not in self._infos:
             raise ValueError(f"tensor {name} was not announced for {self.path.name}")
-        info = self._infos[name]
-        if tuple(tensor.shape) != tuple(info.shape) or tensor.dtype != info.dtype:
-            raise IncompatibleError(
-                "a tensor differs from what was announced", tensor=name,
-                values={
-                    "announced": f"{tuple(info.shape)} {info.dtype}",
-                    "given": f"{tuple(tensor.shape)} {tensor.dtype}",
-                },
-                file=self.path,
-            )
-        if not finite and not is_finite(tensor):
-            raise not_finite(name, self.path)
         with self._lock:
-            if name in self.tensor_sha256:
+            if name in self._begun:
                 raise ValueError(f"tensor {name} is written twice")
-            self.tensor_sha256[name] = ""
-        data = bytes_of(tensor)
-        at = self._start + self._offsets[name]
-        digest = self._helper.submit(_digest, data)  # beside the writing: hashing and disk both leave Python's lock
-        with refusing(self.path):
-            write_at(self._fd, data, at)
-        with self._lock:
-            self._advance(data, at)
-        self.tensor_sha256[name] = digest.result()
+            self._begun.add(name)
+        digest = hashlib.sha256()
+        begin = at = self._start + self._offsets[name]
+        end, flushed = begin + nbytes(self._infos[name]), begin
+        for block in blocks:
+            if block.dtype != self._infos[name].dtype or at + block.numel() * block.dtype.itemsize > end:
+                raise self._unlike(name, block)
+            if not finite and not is_finite(block):
+                raise not_finite(name, self.path)
+            data = bytes_of(block)
+            with refusing(self.path):
+                write_at(self._fd, data, at)
+            digest.update(data)
+            at += len(data)
+            if at - flushed >= PIECE:
+                start_writing_back(self._fd, flushed, at - flushed)
+                flushed = at
+        if at != end:
+            raise DevecError(
+                "a tensor was not written to its end", tensor=name,
+                values={"bytes announced": end - begin, "bytes given": at - begin}, file=self.path,
+            )
+        start_writing_back(self._fd, flushed, at - flushed)
+        self.mark(name, digest.hexdigest())
+        return self.tensor_sha256[name]
 
-    def _advance(self, data: memoryview, at: int) -> None:
-        if at == self._hashed:
-            self._hash.update(data)
-            self._hashed += len(data)
+    def _unlike(self, name: str, tensor: Tensor) -> IncompatibleError:
+        info = self._infos[name]
+        return IncompatibleError(
+            "a tensor differs from what was announced", tensor=name,
+            values={
+                "announced": f"{tuple(info.shape)} {info.dtype}",
+                "given": f"{tuple(tensor.shape)} {tensor.dtype}",
+            },
+            file=self.path,
+        )
+
+    def mark(self, name: str, sha256: str) -> None:
+        """A tensor is written (by this process or another), and its bytes have this hash."""
+        with self._lock:
+            self._begun.add(name)
+            self.tensor_sha256[name] = sha256
+
+    def hash_of(self, name: str) -> str:
+        """SHA-256 of what the file holds at the tensor's place now."""
+        digest, at = hashlib.sha256(), self._start + self._offsets[name]
+        end = at + nbytes(self._infos[name])
+        with refusing(self.path):
+            while at < end and (piece := os.pread(self._fd, min(PIECE, end - at), at)):
+                digest.update(piece)
+                at += len(piece)
+        return digest.hexdigest()
+
+    def follow(self) -> None:
+        """Hash the part of the file, from its start, that is finished by now. For a thread beside the writing."""
+        if self._hashes_in_header:
+            return  # the header is written last
+        with self._lock:
+            while self._ready < len(self._order) and self._order[self._ready] in self.tensor_sha256:
+                self._ready += 1
+            names = self._order[: self._ready]
+        end = self._start + self._offsets[names[-1]] + nbytes(self._infos[names[-1]]) if names else self._start
+        self._hash_until(end)
+
+    def _hash_until(self, end: int) -> None:
+        with self._hashing, refusing(self.path):
+            while self._hashed < end:
+                piece = os.pread(self._fd, min(_HASHED_AT_ONCE, end - self._hashed), self._hashed)
+                if not piece:
+                    raise OSError(0, f"the file has {self._hashed} bytes instead of {self.size}")
+                self._hash.update(piece)
+                self._hashed += len(piece)
 
     @property
     def missing(self) -> list[str]:
         """Tensors announced and not yet written."""
-        return [n for n in self._infos if not self.tensor_sha256.get(n)]
+        return [n for n in self._infos if n not in self.tensor_sha256]
 
     def close(self) -> None:
         """Finish and flush the file. A tensor announced and never written is an error, and the file is removed."""
@@ -171,28 +232,28 @@ class SafetensorsWriter:
             with refusing(self.path):
                 if self._hashes_in_header:
                     write_at(self._fd, memoryview(self._header(self.tensor_sha256)), 0)
-                while piece := os.pread(self._fd, PIECE, self._hashed):
-                    self._hash.update(piece)
-                    self._hashed += len(piece)
-                if self._hashed != self.size:
-                    raise OSError(0, f"the file has {self._hashed} bytes instead of {self.size}")
+                self._hash_until(self.size)
+                if os.fstat(self._fd).st_size != self.size:
+                    raise OSError(0, f"the file is not {self.size} bytes long")
                 os.fsync(self._fd)
         except BaseException:
             self.abort()
             raise
         self._digest = self._hash.hexdigest()
-        self._release()
+        self.release()
 
     def abort(self) -> None:
         """Close and remove the unfinished file."""
         if self._fd >= 0:
-            self._release()
+            self.release()
             self.path.unlink(missing_ok=True)
 
-    def _release(self) -> None:
-        self._helper.shutdown()
-        os.close(self._fd)
-        self._fd = -1
+    def release(self) -> None:
+        """Close the file as it is."""
+        with self._hashing:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
 
     @property
     def sha256(self) -> str:
@@ -216,10 +277,6 @@ class SafetensorsWriter:
             self.close()
         else:
             self.abort()
-
-
-def _digest(data: memoryview) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def save_file(

@@ -1,0 +1,127 @@
+"""What workers run: top-level functions that are given paths and names, never tensors.
+
+A thread calls them on the model that stands in its process. A worker of a cluster, which is sent the same call by its
+dotted name, opens the files anew from the :class:`Job` and keeps what it has opened for the next call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from importlib import import_module
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from devec.api.edit import Edited
+from devec.core.contracts import TensorSource
+from devec.core.lazy import BLOCK, row_blocks
+from devec.core.vectors import TaskVector, cost_of
+from devec.engine.stream import Check
+from devec.io.checkpoint import Checkpoint
+from devec.io.journal import Finished
+from devec.io.model_folder import ModelPlan
+from devec.io.shards import ShardWriter
+
+
+@dataclass(frozen=True)
+class Job:
+    """How another process makes the same result: a top-level function by its dotted name, and its arguments.
+
+    Arguments are what a user typed (references, numbers, names) and frozen choices; a result that was made from
+    tensors in memory has no job, and its work stays in its own process.
+    """
+
+    function: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def key(self) -> str:
+        return repr((self.function, sorted(self.arguments.items(), key=lambda item: item[0])))
+
+    def make(self) -> Any:
+        module, _, name = self.function.rpartition(".")
+        return getattr(import_module(module), name)(**self.arguments)
+
+
+def no_check() -> None:
+    """For work that nobody stops."""
+
+
+def write_tensor(model: TensorSource, writer: ShardWriter, name: str, check: Check = no_check) -> Finished:
+    """Compute one tensor of the output block of rows by block of rows, and write it."""
+    gathered = [source.digests for source in checkpoints_of(model)]
+    record = writer.write(name, _blocks(model, name, check))
+    inputs = {str(i): found for i, digests in enumerate(gathered) if (found := digests.take())}
+    return replace(record, inputs=inputs)
+
+
+def _blocks(model: TensorSource, name: str, check: Check) -> Iterator[Tensor]:
+    read = model.values(name) if isinstance(model, Edited) else lambda a, b: model.rows(name, a, b)
+    for start, stop in row_blocks(model.info(name).shape):
+        check()
+        yield read(start, stop)
+
+
+def write_tensor_elsewhere(job: Job, plan: ModelPlan, folder: Path, name: str) -> Finished:
+    """:func:`write_tensor` in a process that holds neither the model nor the output's files."""
+    model = _made(job.key(), job)
+    for source in checkpoints_of(model):
+        source.digests.watch()
+    writer = plan.writer(folder)
+    try:
+        return write_tensor(model, writer, name)
+    finally:
+        writer.release()
+
+
+@lru_cache(maxsize=1)
+def _kept(key: str) -> list[Any]:
+    return []
+
+
+def _made(key: str, job: Job) -> Any:
+    """What ``job`` makes, opened once a process."""
+    kept = _kept(key)
+    if not kept:
+        kept.append(job.make())
+    return kept[0]
+
+
+def checkpoints_of(model: object) -> list[Checkpoint]:
+    """Every open checkpoint that a model or vector reads from, each once, in an order that the command decides."""
+    found: dict[int, Checkpoint] = {}
+
+    def look(source: object) -> None:
+        if isinstance(source, Checkpoint):
+            found.setdefault(id(source), source)
+        elif isinstance(source, Edited):
+            look(source.base)
+            for terms in source.terms.values():
+                for _, vector, *_ in terms:
+                    look(vector)
+        elif isinstance(source, TaskVector):
+            for each in source.origin.sources():
+                look(each)
+        elif hasattr(source, "like"):  # a base of zeros in the shapes of a model
+            look(source.like)
+
+    look(model)
+    return list(found.values())
+
+
+def working_bytes(model: TensorSource, name: str) -> int:
+    """Bytes that one tensor of the output needs while it is computed: blocks of rows, and what exists only whole.
+
+    Of every operand there is a block as stored and one widened, and a handful of blocks for sums and rounding.
+    """
+    info = model.info(name)
+    elements = min(prod(info.shape), max(BLOCK, prod(info.shape[1:])))
+    if not isinstance(model, Edited):
+        return 2 * elements * info.dtype.itemsize
+    terms = model.terms.get(name, [])
+    operands = 1 + sum(max(len(vector.origin.sources()), 1) for _, vector, *_ in terms)
+    whole = sum(cost_of(vector.deltas)(own) for _, vector, own, _ in terms)
+    return elements * (8 * 4 + operands * (info.dtype.itemsize + 4)) + whole

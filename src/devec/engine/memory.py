@@ -1,0 +1,57 @@
+"""Memory of this process, measured, and how many units may run at once within a budget.
+
+``--max-memory`` bounds the resident memory of the process and its children, mapped files included. Files are read
+with positioned reads and never mapped, and the system's cache of files is not the process's memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from devec.core.errors import RefusedError
+from devec.engine.threads import default_workers
+
+ARENA = 24 << 20
+"""Bytes a worker thread keeps beyond its tensors: its stack, and what the allocator does not give back at once."""
+
+STEP = 1 << 20
+"""Budgets are named in whole MiB."""
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    status = Path("/proc/self/statm")
+    if status.exists():
+        return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource  # macOS says the peak, in bytes; nothing there tells the present
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def fit_workers(asked: int | None, budget: int | None, needs: Sequence[int], kept: int = 0) -> tuple[int, int | None]:
+    """(workers, bytes for all running units) within ``budget``: fewer workers rather than more memory.
+
+    ``needs`` bytes of each unit; ``kept`` bytes of results that stay until the end. Raises RefusedError (exit 5) that
+    names the smallest budget when not even the largest unit fits alone.
+    """
+    workers = min(asked or default_workers(), max(len(needs), 1))
+    if budget is None:
+        return workers, None
+    now = resident() + kept
+    largest = max(needs, default=0)
+    if now + ARENA + largest > budget:
+        raise refusal(budget, now + ARENA + largest)
+    while workers > 1 and now + workers * ARENA + largest > budget:
+        workers -= 1
+    return workers, budget - now - workers * ARENA
+
+
+def refusal(budget: int, needed: int) -> RefusedError:
+    """The error for a budget that is too small, with the smallest that would do."""
+    least = -(-needed // STEP)
+    return RefusedError(
+        "the work does not fit into --max-memory", values={"given": f"{budget:,} bytes", "needed": f"{least} MiB"},
+        remedy=f"Give --max-memory {least}MiB or more.",
+    )
