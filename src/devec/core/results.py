@@ -5,9 +5,10 @@ Equation numbers are those of arXiv:2512.22511.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from threading import local
 from typing import Literal
 
 import torch
@@ -80,6 +81,32 @@ class TensorFactors:
         """Overlaps of the members' bases (of all ``pairs``, or those positions named); position in ``members`` is the
         index there."""
         return overlaps([self.basis(i, side) for i in self.members], pairs)
+
+
+class LazyFactors(Mapping[str, TensorFactors]):
+    """Factors that are read when they are asked for; each thread keeps the last it asked for."""
+
+    def __init__(self, names: Sequence[str], read: Callable[[str], TensorFactors]) -> None:
+        self._names = dict.fromkeys(names)
+        self._read = read
+        self._last = local()
+
+    def __getitem__(self, name: str) -> TensorFactors:
+        if name not in self._names:
+            raise KeyError(name)
+        kept: TensorFactors | None = getattr(self._last, "factors", None)
+        if kept is None or kept.name != name:
+            kept = self._last.factors = self._read(name)
+        return kept
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
 
 @dataclass(frozen=True, eq=False)

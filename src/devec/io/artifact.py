@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,16 @@ from devec.core.contracts import TensorInfo
 from devec.core.decomposition import Decomposition
 from devec.core.delta import Delta, DenseDelta, LowRankDelta
 from devec.core.errors import InputError
-from devec.core.layout import Layout
 from devec.core.lazy import LazyDelta
 from devec.core.options import Factoring, View
-from devec.core.results import Finding, TensorFactors
+from devec.core.results import Finding, LazyFactors, TensorFactors
 from devec.core.split import RowSplit, split_rows
 from devec.core.vectors import LazyMap, Origin, Pool, TaskVector
 from devec.io.disk import sha256_of, write_file
+from devec.io.parts import factors_from, layout_in, layout_out, row_of, tensors_of
 from devec.io.rounding import cast
 from devec.io.safetensors_file import SafetensorsFile
 from devec.io.writer import SafetensorsWriter
-from devec.linalg.lowrank import ThinSVD
 
 MANIFEST = "manifest.json"
 FACTORS = "factors.safetensors"
@@ -119,22 +118,6 @@ def write_json(path: Path, value: object) -> None:
     write_file(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], kind: str) -> None:
-    entries = [(n, TensorInfo(tuple(t.shape), t.dtype)) for n, t in tensors.items()]
-    with SafetensorsWriter(path, entries, {"format": "pt", "devec.kind": kind}) as writer:
-        for n, t in tensors.items():
-            writer.put(n, t)
-
-
-def _layout_out(layout: Layout) -> dict[str, Any]:
-    known = {} if layout.embedding is None else {"embedding": layout.embedding}
-    return {"shape": list(layout.shape), "transposed": layout.transposed, **known}
-
-
-def _layout_in(value: Mapping[str, Any]) -> Layout:
-    return Layout(tuple(value["shape"]), bool(value["transposed"]), value.get("embedding"))
-
-
 def _relative(path: str, folder: Path) -> str:
     return Path(os.path.relpath(os.path.realpath(path), os.path.realpath(folder))).as_posix() if path else ""
 
@@ -164,33 +147,17 @@ def write_decomposition(
 
     ``sources`` says for which vectors the deltas are referred to instead of embedded.
     """
-    tensors: dict[str, Tensor] = {}
-    rows: list[dict[str, Any]] = []
-    keep_right = d.factoring.side != "left"
-    for index, (name, t) in enumerate(d.tensors.items()):
-        for i, svd in t.svd.items():
-            key = f"t{index:05d}.v{i}"
-            tensors[f"{key}.U"], tensors[f"{key}.S"] = svd.U, svd.S
-            if keep_right or i in t.low_rank:
-                tensors[f"{key}.V"] = svd.V
-        rows.append(
-            {
-                "name": name,
-                "layout": _layout_out(t.layout),
-                "members": list(t.svd),
-                "totals": [svd.total for svd in t.svd.values()],
-                "norms": {str(i): x for i, x in t.norms.items()},
-                "gram": [[i, j, x] for (i, j), x in t.gram.items()],
-                "low_rank": sorted(t.low_rank),
-            }
-        )
+    # Twice over the factors and embedded deltas: once for the header, once for the numbers, so that one is in memory.
+    rows = [row_of(t) for t in d.tensors.values()]
     vectors = []
     for i in range(len(d.pool)):
         known = sources.get(d.vectors[i])
         source = None if known is None else known.seen_from(folder)
-        whole = d.original(d.vectors[i])
-        vectors.append(_vector_out(whole, f"v{i}", tensors, embed=source is None, source=source))
-    _write_tensors(folder / FACTORS, {n: t.contiguous() for n, t in tensors.items()}, "decomposition")
+        vectors.append(_vector_out(d.original(d.vectors[i]), source))
+    entries = [(n, TensorInfo(tuple(t.shape), t.dtype)) for n, t in _numbers(d, vectors)]
+    with SafetensorsWriter(folder / FACTORS, entries, {"format": "pt", "devec.kind": "decomposition"}) as writer:
+        for n, t in _numbers(d, vectors):
+            writer.put(n, t)
     write_json(folder / "spectra.json", summary)
     write_json(
         folder / MANIFEST,
@@ -201,7 +168,7 @@ def write_decomposition(
             "view": asdict(d.view),
             "vectors": vectors,
             "splits": {
-                n: {"layout": _layout_out(s.layout), "parts": [list(p) for p in s.parts]} for n, s in d.splits.items()
+                n: {"layout": layout_out(s.layout), "parts": [list(p) for p in s.parts]} for n, s in d.splits.items()
             },
             "notes": [f.as_dict() for f in d.notes],
             "tensors": rows,
@@ -209,25 +176,31 @@ def write_decomposition(
     )
 
 
-def _vector_out(
-    v: TaskVector, prefix: str, tensors: dict[str, Tensor], *, embed: bool, source: Source | None
-) -> dict[str, Any]:
-    names = v.names()
-    if embed:
-        for k, n in enumerate(names):
-            delta = v.deltas[n]
+def _numbers(d: Decomposition, vectors: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a decomposition's file, one at a time: factors, then embedded deltas and heads."""
+    for index, t in enumerate(d.tensors.values()):
+        for key, value in tensors_of(t).items():
+            yield f"t{index:05d}.{key}", value
+    for i, row in enumerate(vectors):
+        v = d.original(d.vectors[i])
+        for k, n in enumerate(row["names"] if row["source"] is None else ()):
+            delta, key = v.deltas[n], f"v{i}.d{k:05d}"
             if isinstance(delta, LowRankDelta):
-                tensors[f"{prefix}.d{k:05d}.B"], tensors[f"{prefix}.d{k:05d}.A"] = delta.B, delta.A
+                yield f"{key}.B", delta.B
+                yield f"{key}.A", delta.A
             else:
-                tensors[f"{prefix}.d{k:05d}.W"] = delta.dense()
-    heads = list(v.heads)
-    for k, n in enumerate(heads):
-        tensors[f"{prefix}.h{k:05d}"] = v.heads[n]
+                yield f"{key}.W", delta.dense()
+        for k, n in enumerate(row["heads"]):
+            yield f"v{i}.h{k:05d}", v.heads[n]
+
+
+def _vector_out(v: TaskVector, source: Source | None) -> dict[str, Any]:
+    names = v.names()
     return {
         "name": v.name,
         "names": names,
-        "layouts": [_layout_out(v.layouts[n]) for n in names],
-        "heads": heads,
+        "layouts": [layout_out(v.layouts[n]) for n in names],
+        "heads": list(v.heads),
         "origin": _origin_out(v.origin, source),
         "space": v.space,
         "partial": v.partial,
@@ -249,7 +222,7 @@ def _vector_in(row: Mapping[str, Any], prefix: str, file: SafetensorsFile) -> Ta
     return TaskVector(
         name=row["name"],
         deltas=LazyMap(names, make),
-        layouts=dict(zip(names, map(_layout_in, row["layouts"]), strict=True)),
+        layouts=dict(zip(names, map(layout_in, row["layouts"]), strict=True)),
         heads={n: file.get(f"{prefix}.h{k:05d}") for k, n in enumerate(row["heads"])},
         origin=Origin(**row["origin"]),
         space=row["space"],
@@ -283,18 +256,15 @@ def _decomposition(
         for i, row in enumerate(manifest["vectors"])
     ]
     splits = {
-        n: RowSplit(_layout_in(s["layout"]), tuple((p[0], p[1], p[2]) for p in s["parts"]))
+        n: RowSplit(layout_in(s["layout"]), tuple((p[0], p[1], p[2]) for p in s["parts"]))
         for n, s in manifest["splits"].items()
     }
-    stored = set(file.names())
-    tensors = {
-        row["name"]: _factors_in(row, f"t{index:05d}", file, stored) for index, row in enumerate(manifest["tensors"])
-    }
+    read = {row["name"]: _factors_in(row, f"t{index:05d}", file) for index, row in enumerate(manifest["tensors"])}
     view = dict(manifest["view"])
     return Decomposition(
         pool=Pool(tuple(split_rows(v, splits) if splits else v for v in vectors)),
         factoring=factoring,
-        tensors=tensors,
+        tensors=LazyFactors(list(read), lambda name: read[name]()),
         view=View(**view),
         splits=splits,
         notes=tuple(Finding(f["code"], f["message"], tuple(f["tensors"])) for f in manifest["notes"]),
@@ -316,29 +286,25 @@ def _reopened(folder: Path, row: Mapping[str, Any], reopen: Reopen, dtype: torch
     return TaskVector(
         name=row["name"],
         deltas=LazyMap(names, lambda n: vector().deltas[n]),
-        layouts=dict(zip(names, map(_layout_in, row["layouts"]), strict=True)),
+        layouts=dict(zip(names, map(layout_in, row["layouts"]), strict=True)),
         origin=origin,
         space=row["space"],
         partial=row["partial"],
     )
 
 
-def _factors_in(row: Mapping[str, Any], key: str, file: SafetensorsFile, stored: set[str]) -> TensorFactors:
-    svd: dict[int, ThinSVD] = {}
-    for i, total in zip(row["members"], row["totals"], strict=True):
-        U, S = file.get(f"{key}.v{i}.U"), file.get(f"{key}.v{i}.S")
-        has_right = f"{key}.v{i}.V" in stored
-        m = _layout_in(row["layout"]).matrix_shape[1]
-        V = file.get(f"{key}.v{i}.V") if has_right else torch.zeros(m, 0, dtype=U.dtype)
-        svd[i] = ThinSVD(U, S, V, total)
-    return TensorFactors(
-        name=row["name"],
-        layout=_layout_in(row["layout"]),
-        svd=svd,
-        norms={int(i): x for i, x in row["norms"].items()},
-        gram={(i, j): x for i, j, x in row["gram"]},
-        low_rank=frozenset(row["low_rank"]),
-    )
+def _factors_in(row: Mapping[str, Any], key: str, file: SafetensorsFile) -> Callable[[], TensorFactors]:
+    """How to read the factors of one tensor, after a look at what the file's header says of them."""
+    names = [n for i in row["members"] for n in (f"v{i}.U", f"v{i}.S", f"v{i}.V")]
+    stored = {n: f"{key}.{n}" for n in names if not n.endswith(".V") or f"{key}.{n}" in file}
+    n, m = layout_in(row["layout"]).matrix_shape
+    for i in row["members"]:
+        (rank,) = file.info(stored[f"v{i}.S"]).shape
+        sides = {"U": (n, rank)} | ({"V": (m, rank)} if f"v{i}.V" in stored else {})
+        for side, shape in sides.items():
+            if file.info(stored[f"v{i}.{side}"]).shape != shape:
+                raise ValueError(f"{row['name']}: {side} of vector {i} is not {shape}")
+    return lambda: factors_from(dict(row), {short: file.get(full) for short, full in stored.items()})
 
 
 # --- task vectors --------------------------------------------------------------------------------------------------
@@ -358,7 +324,7 @@ def write_task_vector(folder: Path, v: TaskVector, dtype: torch.dtype = torch.fl
             "schema": SCHEMA,
             "kind": "task-vector",
             "name": v.name,
-            "layouts": {n: _layout_out(v.layouts[n]) for n in names},
+            "layouts": {n: layout_out(v.layouts[n]) for n in names},
             "origin": _origin_out(v.origin),
             "space": v.space,
             "partial": v.partial,
@@ -377,7 +343,7 @@ def read_task_vector(folder: Path, dtype: torch.dtype = torch.float32) -> TaskVe
         raise InputError("not a task vector that this version reads", file=folder / MANIFEST)
     file = SafetensorsFile(folder / DELTAS)
     try:
-        layouts = {n: _layout_in(x) for n, x in manifest["layouts"].items()}
+        layouts = {n: layout_in(x) for n, x in manifest["layouts"].items()}
         origin = Origin(**manifest["origin"])
         space, partial, name = manifest["space"], manifest["partial"], manifest["name"]
     except (KeyError, TypeError, ValueError) as error:

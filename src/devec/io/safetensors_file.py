@@ -82,6 +82,9 @@ class SafetensorsFile:
         """Tensor names in file-offset order."""
         return list(self._entries)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
     def info(self, name: str) -> TensorInfo:
         return self._entry(name).info
 

@@ -220,8 +220,8 @@ class SafetensorsWriter:
         """Tensors announced and not yet written."""
         return [n for n in self._infos if n not in self.tensor_sha256]
 
-    def close(self) -> None:
-        """Finish and flush the file. A tensor announced and never written is an error, and the file is removed."""
+    def close(self, *, sync: bool = True) -> None:
+        """Finish the file and flush it. A tensor announced and never written is an error, and the file is removed."""
         if self._fd < 0:
             return
         if self.missing:
@@ -235,7 +235,8 @@ class SafetensorsWriter:
                 self._hash_until(self.size)
                 if os.fstat(self._fd).st_size != self.size:
                     raise OSError(0, f"the file is not {self.size} bytes long")
-                os.fsync(self._fd)
+                if sync:
+                    os.fsync(self._fd)
         except BaseException:
             self.abort()
             raise
