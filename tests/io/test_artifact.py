@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from devec.api.decompose import decompose
+from devec.api.run import Engine
 from devec.core.decomposition import Decomposition
 from devec.core.delta import Delta, DenseDelta, LowRankDelta
 from devec.core.errors import DevecError, IncompatibleError, InputError
@@ -41,7 +42,7 @@ def vectors(kind: str, names: tuple[str, ...] = ("A", "B", "C")) -> Pool:
 
 def decomposition(pool: Pool, **choices: str) -> Decomposition:
     note = Finding("integer-copied", "A: something", ("x", "y"))
-    return decompose(pool, notes=[note], threshold=0.3, pair_basis="own", workers=1, **choices)
+    return decompose(pool, notes=[note], threshold=0.3, pair_basis="own", engine=Engine(workers=1), **choices)
 
 
 def never(name: str, source: Source, dtype: torch.dtype) -> TaskVector:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from devec.api.edit import Edited
 from devec.api.output import Saving, edited, heads_from, save_model
 from devec.api.references import ViewLike, load_vector, open_model
@@ -49,4 +51,15 @@ def apply(
         saving = saving.for_inputs(vectors, under)
     model = edited(under, loaded, saving, heads_from(heads, vectors))
     return model if out is None else save_model(model, out, saving)
+
+
+def model_for(
+    base: str, terms: Sequence[tuple[float, str]], *, dtype: str, out_dtype: str | None, **choices: Any
+) -> Edited:
+    """What ``apply`` writes, made anew from files: for other processes (see ``api.jobs.Job``)."""
+    narrow = None if out_dtype is None else getattr(torch, out_dtype)
+    saving = Saving("apply", dtype=getattr(torch, dtype), out_dtype=narrow)
+    model = apply(base, terms, saving=saving, **choices)
+    assert isinstance(model, Edited)
+    return model
 

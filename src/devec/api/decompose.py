@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from devec.api.factor import Factored, factor_all, tensor_names
+from devec.api.jobs import Job
+from devec.api.records import input_record, source_paths
 from devec.api.references import load_pool, named_paths, open_model, widened
+from devec.api.run import Engine
 from devec.core.decomposition import Decomposition
-from devec.core.errors import IncompatibleError, UsageError
+from devec.core.errors import UsageError
 from devec.core.options import Factoring, View
 from devec.core.provenance import InputRecord, Provenance
-from devec.core.results import Finding, TensorFactors
+from devec.core.results import Finding
 from devec.core.split import RowSplit, split_rows
-from devec.core.summary import as_dict
+from devec.core.summary import all_findings, as_dict
 from devec.core.vectors import Pool, TaskVector
-from devec.engine.threads import Progress, ordered_map, silent
+from devec.engine.threads import Progress, silent
 from devec.io import artifact
-from devec.io.checkpoint import Checkpoint, open_checkpoint
-from devec.io.disk import sha256_of
 from devec.io.folder import OutputFolder
 from devec.io.names import Selection, qkv_split
 from devec.io.records import installed_versions, write_records
-from devec.methods.decompose.shared_unique import shared_unique
 
 FACTORING_FIELDS = frozenset(Factoring.__dataclass_fields__)
 VIEW_FIELDS = frozenset(View.__dataclass_fields__)
@@ -38,7 +40,7 @@ def decompose(
     *,
     base: Any = None,
     selection: Selection | None = None,
-    workers: int | None = None,
+    engine: Engine | None = None,
     device: str = "auto",
     progress: Progress = silent,
     notes: Sequence[Finding] = (),
@@ -50,6 +52,7 @@ def decompose(
     :class:`~devec.core.options.Factoring` (mode, target, side, rank, exact, split_qkv, one_d, dtype, seed), fixed
     here, and of :class:`~devec.core.options.View` (threshold, fdr, pair_basis, joint, target_rule, angles, paper),
     which ``Decomposition.with_view`` changes at no cost. ``paper=True`` sets the paper's reading of everything.
+    ``engine`` says on how many threads and in how much memory.
 
     Returns a :class:`~devec.core.decomposition.Decomposition`. Raises UsageError for fewer than two vectors or an
     unknown choice, IncompatibleError when the vectors do not fit one another.
@@ -62,24 +65,10 @@ def decompose(
         pool, found = load_pool(
             sources, base=base, dtype=getattr(torch, factoring.dtype), selection=selection
         )
-    if len(pool) < 2:
-        raise UsageError(
-            f"decompose needs at least two vectors, got {len(pool)}",
-            remedy="What is shared is shared with something.",
-        )
-    splits = find_splits(pool, base) if factoring.split_qkv else {}
-    if splits:
-        pool = Pool(tuple(_split(v, splits) for v in pool))
-    if factoring.target is not None:
-        pool[factoring.target]  # a misspelt target is an error before anything is computed
-    return Decomposition(
-        pool=pool,
-        factoring=factoring,
-        tensors=factorise(pool, factoring, workers, progress, place(device)),
-        view=view,
-        splits=splits,
-        notes=tuple(found),
-    )
+    pool, splits = prepared(pool, factoring, base)
+    names = tensor_names(pool, factoring)
+    tensors = factor_all(pool, factoring, names, engine or Engine(), place(device), progress)
+    return Decomposition(pool, factoring, tensors, view, splits, tuple(found))
 
 
 def _split(vector: TaskVector, splits: Mapping[str, RowSplit]) -> TaskVector:
@@ -116,29 +105,17 @@ def place(device: str) -> torch.device:
     return chosen
 
 
-def factorise(
-    pool: Pool, factoring: Factoring, workers: int | None, progress: Progress, device: torch.device
-) -> dict[str, TensorFactors]:
-    """Every tensor that takes part, factored on ``device``: matrices, and 1-D parameters if asked for."""
-    names = [n for n in pool.tensors() if factoring.one_d or not pool.layout(n).is_vector]
-    if not names:
-        raise IncompatibleError(
-            "there is no matrix to decompose", values={"tensors": len(pool.tensors())},
-            remedy="1-D parameters are decomposed with --one-d only; check --include and --exclude.",
+def prepared(pool: Pool, factoring: Factoring, base: Any) -> tuple[Pool, dict[str, RowSplit]]:
+    """The pool as it is factored: fused rows apart if asked for. A misspelt target is an error here."""
+    if len(pool) < 2:
+        raise UsageError(
+            f"decompose needs at least two vectors, got {len(pool)}",
+            remedy="What is shared is shared with something.",
         )
-
-    def job(name: str) -> TensorFactors:
-        factors = shared_unique(pool.block(name).on(device), factoring).on(torch.device("cpu"))
-        # As a file holds them, strides and all: parts read from disk are then the same to the last bit.
-        rows = {i: replace(s, U=_row_major(s.U), V=_row_major(s.V)) for i, s in factors.svd.items()}
-        return replace(factors, svd=rows)
-
-    results = ordered_map(job, names, workers=1 if device.type == "cuda" else workers, progress=progress)
-    return {t.name: t for t in results}
-
-
-def _row_major(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves one column its odd strides
+    if factoring.target is not None:
+        pool[factoring.target]
+    splits = find_splits(pool, base) if factoring.split_qkv else {}
+    return (Pool(tuple(_split(v, splits) for v in pool)) if splits else pool), splits
 
 
 def find_splits(pool: Pool, base: Any) -> dict[str, RowSplit]:
@@ -157,6 +134,51 @@ def find_splits(pool: Pool, base: Any) -> dict[str, RowSplit]:
     return splits
 
 
+def decompose_to(
+    pool: Pool,
+    out: str | Path,
+    *,
+    base: Any = None,
+    notes: Sequence[Finding] = (),
+    engine: Engine | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress = silent,
+    job: Job | None = None,
+    approve: Callable[[Sequence[Finding]], None] = lambda findings: None,
+    **choices: Any,
+) -> dict[str, Any]:
+    """:func:`decompose` into an artifact folder: each tensor's factors go to the disk as soon as they are found.
+
+    Memory holds the tensors in work and what is left of all others for the decisions: their overlaps. Returns the
+    summary that ``spectra.json`` holds (empty for one shard of several). ``approve`` is shown the findings before the
+    artifact is made, and may refuse them. ``job`` makes the pool in other processes.
+    """
+    _check_folder(out)
+    engine = engine or Engine()
+    factoring, view = choose(choices)
+    pool, splits = prepared(pool, factoring, base)
+    names = tensor_names(pool, factoring)
+    provenance = _provenance(factoring, view)
+    inputs = [*(p for v in pool for p in source_paths(v)), *_existing(base)]
+    before = provenance(tuple(input_record(v, hashes=False) for v in pool))
+    outputs = hashlib.sha256(json.dumps(names).encode()).hexdigest()
+    run = engine.run(before, outputs, inputs)
+    with OutputFolder(Path(out), overwrite=overwrite, inputs=inputs, run=run) as folder:
+        factored = Factored(pool, factoring, names, run, engine, place(device), job, progress)
+        tensors = factored.into(folder)
+        if engine.shard is not None:
+            return {}
+        d = Decomposition(pool, factoring, tensors, view, splits, tuple(notes))
+        findings = all_findings(d)
+        approve(findings)
+        summary = as_dict(d, findings)
+        records = tuple(input_record(v) for v in pool)
+        artifact.write_decomposition(folder.path, d, summary, _sources(pool))
+        write_records(folder.path, provenance(records), summary=summary["totals"])
+    return summary
+
+
 def save_decomposition(
     d: Decomposition,
     out: str | Path,
@@ -169,52 +191,40 @@ def save_decomposition(
 
     ``inputs`` are further paths (the base) that ``out`` may not replace or lie in.
     """
-    if Path(out).suffix == ".safetensors":
-        raise UsageError("a decomposition is a folder, not one file", file=out, remedy="Give -o a folder's name.")
+    _check_folder(out)
     summary = as_dict(d, findings)
-    sources = {
-        v.name: source
-        for v in d.pool
-        if isinstance(v.deltas, artifact.SourcedMap) and (source := v.deltas.source()) is not None
-    }
     kept = [*(p for v in d.pool for p in source_paths(v)), *(Path(p) for p in inputs if Path(p).exists())]
-    provenance = Provenance(
-        command="decompose",
-        parameters={"factoring": vars(d.factoring), "view": vars(d.view)},
-        inputs=tuple(input_record(v) for v in d.pool),
-        versions=installed_versions(),
-        seed=d.factoring.seed,
-        dtype=d.factoring.dtype,
-    )
+    provenance = _provenance(d.factoring, d.view)(tuple(input_record(v) for v in d.pool))
     with OutputFolder(Path(out), overwrite=overwrite, inputs=kept) as folder:
-        artifact.write_decomposition(folder.path, d, summary, sources)
+        artifact.write_decomposition(folder.path, d, summary, _sources(d.pool))
         write_records(folder.path, provenance, summary=summary["totals"])
     return summary
 
 
-def input_record(v: TaskVector, hashes: bool = True) -> InputRecord:
-    """A vector as an input in recipe, lock and card; with ``hashes``, that of what was read (of a checkpoint, its
-    fingerprint)."""
-    reference = v.origin.reference if v.origin.reference != "memory" else v.name
-    named = source_paths(v)
-    if named and named[0].is_dir() and artifact.artifact_kind(named[0]):
-        files = [n for n in artifact.FILES if hashes and (named[0] / n).is_file()]
-        return InputRecord(reference, str(named[0]), {n: sha256_of(named[0] / n) for n in files} or None, "artifact")
-    path = Path(v.origin.file) if v.origin.file else None
-    digest: str | None = None
-    if hashes and path is not None and v.origin.dialect == "checkpoint" and path.exists():
-        model = v.origin.model if isinstance(v.origin.model, Checkpoint) else open_checkpoint(path)
-        digest = model.fingerprint()
-    elif hashes and path is not None and path.is_file():
-        digest = sha256_of(path)
-    return InputRecord(reference, None if path is None else str(path), digest, v.origin.dialect)
+def _check_folder(out: str | Path) -> None:
+    if Path(out).suffix == ".safetensors":
+        raise UsageError("a decomposition is a folder, not one file", file=out, remedy="Give -o a folder's name.")
 
 
-def source_paths(v: TaskVector) -> list[Path]:
-    """The files and folders that a vector was read from, as the user named them; an output may not change them."""
-    found = [Path(v.origin.file)] if v.origin.file else []
-    if v.origin.reference != "memory":
-        found = [*named_paths(v.origin.reference), *found]
-    if v.origin.dialect == "checkpoint" and v.origin.base_name:
-        found.append(Path(v.origin.base_name))
-    return [path for path in found if path.exists()]
+def _existing(base: Any) -> list[Path]:
+    return named_paths(str(base)) if isinstance(base, (str, Path)) else []
+
+
+def _provenance(factoring: Factoring, view: View) -> Callable[[tuple[InputRecord, ...]], Provenance]:
+    return lambda inputs: Provenance(
+        command="decompose",
+        parameters={"factoring": vars(factoring), "view": vars(view)},
+        inputs=inputs,
+        versions=installed_versions(),
+        seed=factoring.seed,
+        dtype=factoring.dtype,
+    )
+
+
+def _sources(pool: Pool) -> dict[str, artifact.Source]:
+    """Vectors that are what files say, so that the artifact refers to these instead of embedding them."""
+    return {
+        v.name: source
+        for v in pool
+        if isinstance(v.deltas, artifact.SourcedMap) and (source := v.deltas.source()) is not None
+    }

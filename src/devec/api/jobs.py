@@ -67,7 +67,7 @@ def _blocks(model: TensorSource, name: str, check: Check) -> Iterator[Tensor]:
 
 def write_tensor_elsewhere(job: Job, plan: ModelPlan, folder: Path, name: str) -> Finished:
     """:func:`write_tensor` in a process that holds neither the model nor the output's files."""
-    model = _made(job.key(), job)
+    model: TensorSource = kept_of(job)
     for source in checkpoints_of(model):
         source.digests.watch()
     writer = plan.writer(folder)
@@ -82,9 +82,9 @@ def _kept(key: str) -> list[Any]:
     return []
 
 
-def _made(key: str, job: Job) -> Any:
+def kept_of(job: Job) -> Any:
     """What ``job`` makes, opened once a process."""
-    kept = _kept(key)
+    kept = _kept(job.key())
     if not kept:
         kept.append(job.make())
     return kept[0]

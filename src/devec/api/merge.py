@@ -208,6 +208,15 @@ def merged_delta(method: registry.Method, block: Block, parameters: Mapping[str,
     return LazyDelta(block.layout.matrix_shape, dtype, read, transposed=block.layout.transposed)
 
 
+def model_for(*, dtype: str, out_dtype: str | None, heads: str | None = None, **given: Any) -> TensorSource:
+    """The checkpoint that ``merge`` writes, made anew from files: for other processes (see ``api.jobs.Job``)."""
+    merged = merge(**given, dtype=getattr(torch, dtype))
+    assert merged.base is not None
+    narrow = None if out_dtype is None else getattr(torch, out_dtype)
+    saving = Saving("merge", dtype=getattr(torch, dtype), out_dtype=narrow)
+    return edited(merged.base, [(1.0, merged.vector)], saving, heads_from(heads, list(merged.pool)))
+
+
 def save_merged(
     merged: Merged,
     out: str | Path,

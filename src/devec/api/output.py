@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from devec.api.decompose import input_record, source_paths
 from devec.api.edit import Edited, check_finite
 from devec.api.jobs import Job
+from devec.api.records import input_record, source_paths
 from devec.api.run import Engine, Filling
 from devec.core.contracts import TensorSource
 from devec.core.errors import DevecError, IncompatibleError, RefusedError, UsageError
@@ -137,6 +137,7 @@ def save_vector(
     vector: TaskVector, out: str | Path, saving: Saving, *, heads: Mapping[str, Tensor] | None = None
 ) -> WrittenModel:
     """A vector whose deltas are all factored, as an adapter in the dialect that it came in (PEFT if in none)."""
+    saving.engine.alone("an adapter")
     check_adapter_place(out, vector)
     with naming_the_output(out, vector):
         return write_adapter(

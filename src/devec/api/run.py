@@ -44,11 +44,26 @@ class Engine:
     join: bool = False
     words: tuple[str, ...] = ()
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether other processes are to take part."""
+        return self.executor == "ray" or self.shard is not None
+
+    def alone(self, what: str) -> None:
+        """Refuse other processes where there is nothing to divide."""
+        if self.elsewhere:
+            raise UsageError(
+                f"{what} is the work of one process", remedy="Leave out --executor and --shard-of; they are for"
+                " checkpoints and decompositions that are written.",
+            )
+
     def run(self, provenance: Provenance, outputs: str, inputs: Sequence[Path]) -> Run:
         """What the temporary folder remembers of this run."""
         command = {**provenance.to_recipe(), "versions": dict(provenance.versions)}
         known: Any = plain(command)
-        return Run(Identity(known, outputs, stamp(inputs), self.words), self.resume, self.shard, self.join)
+        return Run(
+            Identity(known, outputs, stamp(inputs), self.words, str(Path.cwd())), self.resume, self.shard, self.join
+        )
 
 
 @dataclass(frozen=True)
@@ -151,7 +166,8 @@ def portable(job: Job | None) -> Job:
     """The job, or an error where the inputs are tensors in memory."""
     if job is None:
         raise UsageError(
-            "other processes can only be given files", remedy="Name the inputs by their paths, or use threads."
+            "this cannot be made from files alone in other processes",
+            remedy="Decompose to a folder first and apply its parts, or leave out --executor.",
         )
     return job
 

@@ -69,6 +69,7 @@ def _source_row(e: dict[str, Any]) -> tuple[object, ...]:
 @click.option("--plot", metavar="FILE", help="Write a picture of spectra and overlaps (png, svg or pdf).")
 @click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
 @options.fixing()
+@options.running()
 @options.reading()
 @options.selecting()
 @options.printing()
@@ -83,8 +84,8 @@ def compare(
 
     with show.progress("compare", how) as advance:
         d, result = run(
-            sources, base=base, selection=Selection(o["include"], o["exclude"]), workers=o["workers"], progress=advance,
-            **options.fixed(o), **options.read_time(o),
+            sources, base=base, selection=Selection(o["include"], o["exclude"]), engine=options.engine_of(o),
+            progress=advance, **options.fixed(o), **options.read_time(o),
         )
     result["warnings"] = [f.as_dict() for f in all_findings(d)]
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextvars import ContextVar
 from importlib import import_module
 from typing import Any
 
@@ -21,14 +22,20 @@ COMMANDS = {
     "merge": ("devec.cli.models", "merge", "Merge models or adapters with a registered method."),
     "negate": ("devec.cli.models", "negate", "Remove a behaviour: subtract what is unique to it."),
     "mix": ("devec.cli.models", "mix", "Mix adapters by their unique parts."),
+    "join": ("devec.cli.vectors", "join", "Finish an output whose parts --shard-of has written."),
     "verify": ("devec.cli.look", "verify", "Check an output against its own hashes."),
     "methods": ("devec.cli.look", "methods", "List the methods, or show one."),
     "demo": ("devec.cli.demo", "demo", "Run the main job on real data that ships with scikit-learn."),
 }
 
 
+INTERRUPTED = 130
+_words: ContextVar[tuple[str, ...]] = ContextVar("words", default=())
+"""The command line, as the present command was given it."""
+
+
 class Interrupted(Exception):
-    """Ctrl-C."""
+    """Ctrl-C; the text says what is kept."""
 
 
 class ReaderGone(Exception):
@@ -63,10 +70,11 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Ctrl-C and a closed pipe reach :func:`run`: click would print an empty line, or exit with 1."""
+        ctx.meta["devec.words"] = _words.get()
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise Interrupted from None
+        except KeyboardInterrupt as error:
+            raise Interrupted(str(error) or "nothing unfinished stands under a final name") from None
         except BrokenPipeError:
             raise ReaderGone from None
 
@@ -87,7 +95,12 @@ def cli() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit with its code. A user's mistake is one line on stderr, never a traceback."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    code = run(sys.argv[1:] if argv is None else argv)
+    if code == INTERRUPTED:  # threads may sit in a product that takes longer than anybody wants to wait
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(argv: list[str]) -> int:
@@ -96,11 +109,14 @@ def run(argv: list[str]) -> int:
     # its small products only gets in the way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads must not spin where others work
+    _words.set(tuple(argv))
     try:
         result = cli.main(args=argv, prog_name="devec", standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except (Interrupted, KeyboardInterrupt, click.exceptions.Abort):
-        return _say("interrupted; nothing unfinished stands under a final name", 130)
+    except Interrupted as error:
+        return _say(f"interrupted; {error}", INTERRUPTED)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        return _say("interrupted; nothing unfinished stands under a final name", INTERRUPTED)
     except click.UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # not in every version of click that is supported
             print(error.format_message(), file=sys.stderr)

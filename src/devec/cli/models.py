@@ -11,7 +11,7 @@ import click
 
 from devec.cli import options, show
 from devec.cli.options import Printing
-from devec.cli.vectors import dry, saving_of, show_errors
+from devec.cli.vectors import dry, dtypes, saving_of, show_errors
 
 
 def _weight(text: str, flag: str) -> float:
@@ -46,6 +46,7 @@ def apply_(
     import torch
 
     from devec.api.apply import apply as run
+    from devec.api.jobs import Job
     from devec.api.references import Reading, open_model, read_vector
     from devec.core.errors import UsageError
     from devec.io.names import Selection
@@ -67,6 +68,12 @@ def apply_(
         "apply", o,
         {"terms": [[w, r] for w, r in wanted], "heads_from": o["heads_from"], **options.read_time(o)},
     )
+    selection = Selection(o["include"], o["exclude"])
+    job = Job(
+        "devec.api.apply.model_for",
+        {"base": base, "terms": wanted, "view": view, "selection": selection, "heads": o["heads_from"], **dtypes(o)},
+    )
+    saving = replace(saving, job=job)
     if o["dry_run"]:
         model = run(base, terms, heads=o["heads_from"], saving=saving)
         return dry(output, how, tensors=len(model.names()), changed=len(model.terms))  # type: ignore[union-attr]
@@ -96,6 +103,7 @@ def merge(
     how = Printing(as_json, quiet, verbose)
     import torch
 
+    from devec.api.jobs import Job
     from devec.api.merge import Compression, save_merged
     from devec.api.merge import merge as run
     from devec.core.errors import UsageError
@@ -112,10 +120,11 @@ def merge(
     options.check_place(output, o["overwrite"], [base, *sources])
     compression = Compression(o["rank"], o["energy"], o["error"])
     o["dtype"] = o.get("dtype") or "float32"
-    merged = run(
-        method, sources, base=base, parameters=parameters, view=options.read_view(o, sources),
-        selection=Selection(tuple(o["include"]), tuple(o["exclude"])), dtype=getattr(torch, o["dtype"]),
-    )
+    given: dict[str, Any] = {
+        "method": method, "sources": sources, "base": base, "parameters": parameters,
+        "view": options.read_view(o, sources), "selection": Selection(tuple(o["include"]), tuple(o["exclude"])),
+    }
+    merged = run(**given, dtype=getattr(torch, o["dtype"]))
     from devec.core.findings import pool_findings
 
     notes = [*merged.findings, *pool_findings(merged.pool)]
@@ -125,6 +134,7 @@ def merge(
         {"method": method, "parameters": parameters, "rank": o["rank"], "energy": o["energy"], "error": o["error"],
          "heads_from": o["heads_from"], **options.read_time(o)},
     )
+    saving = replace(saving, job=Job("devec.api.merge.model_for", {**given, "heads": o["heads_from"], **dtypes(o)}))
     if o["dry_run"]:
         return dry(output, how, sources=len(merged.pool), tensors=len(merged.vector.deltas))
     with show.progress("merge", how) as advance:
@@ -192,9 +202,11 @@ def negate(
     saving = saving_of(
         "negate", o, {"target": target, "pool": pool, "part": part, "coefficient": coefficient, **choices}
     )
+    if base is None:
+        saving.engine.alone("an adapter")
     with show.progress("negate", how) as advance:
         negated = run(target, pool, base=base, part=part, coefficient=coefficient, selection=selection,  # type: ignore[arg-type]
-                      progress=advance, workers=o["workers"], **choices)
+                      progress=advance, engine=saving.engine, **choices)
     summary, d = None, negated.decomposition
     if d is not None:
         findings = all_findings(d)
@@ -248,14 +260,15 @@ def mix(
     options.check_place(output, o["overwrite"], adapters)
     compression = Compression(o["rank"], o["energy"], o["error"])
     choices = {**options.fixed(o), **options.read_time(o)}
-    with show.progress("mix", how) as advance:
-        mixed = run(adapters, part=part, weights=weights, selection=Selection(o["include"], o["exclude"]),  # type: ignore[arg-type]
-                    progress=advance, workers=o["workers"], **choices)
     saving = saving_of(
         "mix", o,
         {"adapters": list(adapters), "part": part, "weights": weights, "rank": o["rank"], "energy": o["energy"],
          "error": o["error"], **choices},
     )
+    saving.engine.alone("a mix")
+    with show.progress("mix", how) as advance:
+        mixed = run(adapters, part=part, weights=weights, selection=Selection(o["include"], o["exclude"]),  # type: ignore[arg-type]
+                    progress=advance, engine=saving.engine, **choices)
     summary = None
     if mixed.decomposition is not None:
         findings = all_findings(mixed.decomposition)

@@ -51,6 +51,20 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         return size
 
 
+class ShardOf(click.ParamType):  # type: ignore[type-arg]
+    """Part I of N, counted from 1: 2/4."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        one, sign, of = str(value).partition("/")
+        if not sign or not one.isdigit() or not of.isdigit() or not 1 <= int(one) <= int(of):
+            self.fail(f"{value!r} is no part like 2/4.", param, ctx)
+        return int(one), int(of)
+
+
 class Numbers(click.ParamType):  # type: ignore[type-arg]
     """Comma-separated numbers: 1,0.5,0.5."""
 
@@ -104,8 +118,30 @@ def fixing(rank: str = "--rank") -> Callable[[F], F]:
         click.option("--seed", type=int, default=0, show_default=True, help="Seed of iterative factorisations."),
         click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True,
                      help="Compute in this dtype."),
+    )  # fmt: skip
+
+
+def running() -> Callable[[F], F]:
+    """How the work is run: memory and workers."""
+    return _all(
         click.option("--workers", type=click.IntRange(1), default=None,
                      help="Threads over tensors (all cores). Never changes a result."),
+        click.option("--max-memory", type=Size(), default=None,
+                     help="Most resident memory of the process, e.g. 8GB; refused if it cannot be kept."),
+    )  # fmt: skip
+
+
+def going_on() -> Callable[[F], F]:
+    """--resume and where else work may run, for commands that write."""
+    return _all(
+        click.option("--resume", is_flag=True, help="Go on where the same command stopped; begin if it never did."),
+        click.option("--executor", type=click.Choice(["threads", "ray"]), default="threads", show_default=True,
+                     help="Threads of this process, or the workers of a Ray cluster (checkpoints, decompositions)."),
+        click.option("--address", metavar="ADDRESS", default=None,
+                     help="The Ray cluster (default: one of this machine)."),
+        click.option("--shard-of", type=ShardOf(), default=None, metavar="I/N",
+                     help="Do part I of N, beside other processes; devec join OUT finishes."),
+        click.option("--join", is_flag=True, hidden=True),
     )  # fmt: skip
 
 
@@ -148,6 +184,8 @@ def writing() -> Callable[[F], F]:
                      help="Dtype of float tensors written (default: the base's; float32 for adapters)."),
         click.option("--shard-size", type=Size(), default="5GB", show_default=True, help="Bytes per weight file."),
         click.option("--strict", is_flag=True, help="Warnings and failed side steps are errors; nothing is written."),
+        running(),
+        going_on(),
     )  # fmt: skip
 
 
@@ -203,6 +241,23 @@ def refuse_unused(values: dict[str, Any], part: str) -> None:
     if part == "all" and given:
         flags = ", ".join(f"--{key.replace('_', '-')}" for key in given)
         raise UsageError(f"{flags}: nothing is decomposed with --part all", remedy="Leave them out.")
+
+
+def engine_of(values: dict[str, Any]) -> Any:
+    """The ``Engine`` of a command's options."""
+    from devec.api.run import Engine
+    from devec.core.errors import UsageError
+
+    if values.get("executor") == "ray" and values.get("shard_of"):
+        raise UsageError("--executor ray and --shard-of are two ways to the same end", remedy="Give one of them.")
+    if values.get("address") and values.get("executor") != "ray":
+        raise UsageError("--address is of --executor ray", remedy="Give both, or neither.")
+    words = tuple(click.get_current_context().find_root().meta.get("devec.words", ()))
+    return Engine(
+        workers=values.get("workers"), memory=values.get("max_memory"), executor=values.get("executor") or "threads",
+        address=values.get("address"), resume=bool(values.get("resume")), shard=values.get("shard_of"),
+        join=bool(values.get("join")), words=words,
+    )
 
 
 def check_place(output: str, overwrite: bool, references: Iterable[str | None]) -> None:

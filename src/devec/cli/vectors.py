@@ -43,6 +43,7 @@ def extract(base: str, model: str, output: str, as_json: bool, quiet: bool, verb
     saving = saving.for_inputs([vector], under)
     if compression.asked:
         check_adapter_place(output, vector)
+    saving.engine.alone("what extract writes")
     show.warn([n.as_dict() for n in notes], strict=o["strict"])
     if o["dry_run"]:
         return dry(output, how, tensors=len(vector.deltas))
@@ -86,7 +87,13 @@ def saving_of(command: str, o: dict[str, Any], parameters: dict[str, Any]) -> An
         seed=o.get("seed", 0),
         dtype=getattr(torch, o.get("dtype") or "float32"),
         out_dtype=getattr(torch, o["out_dtype"]) if o.get("out_dtype") else None,
+        engine=options.engine_of(o),
     )
+
+
+def dtypes(o: dict[str, Any]) -> dict[str, Any]:
+    """Compute and output dtype by name, as other processes are told them."""
+    return {"dtype": o.get("dtype") or "float32", "out_dtype": o.get("out_dtype")}
 
 
 def dry(output: str | None, how: Printing, **facts: Any) -> None:
@@ -109,6 +116,8 @@ def dry(output: str | None, how: Printing, **facts: Any) -> None:
 @options.fixing()
 @options.reading()
 @options.selecting()
+@options.running()
+@options.going_on()
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--dry-run", is_flag=True, help="Read headers, check that everything fits, compute and write nothing.")
 @click.option("--device", default="auto", show_default=True, help="auto | cpu | cuda: where to factor.")
@@ -119,8 +128,9 @@ def decompose(
 ) -> None:
     """Split task vectors into shared and unique parts; parts are read from OUT as OUT#unique:NAME and so on."""
     how = Printing(as_json, quiet, verbose)
-    from devec.api.decompose import choose, save_decomposition
+    from devec.api.decompose import choose, decompose_to
     from devec.api.decompose import decompose as run
+    from devec.api.jobs import Job
     from devec.api.references import load_pool
     from devec.core.summary import all_findings, as_dict
     from devec.io.names import Selection
@@ -131,29 +141,85 @@ def decompose(
         options.check_place(output, o["overwrite"], [o["base"], *sources])
     import torch
 
-    pool, notes = load_pool(
-        sources, base=o["base"], dtype=getattr(torch, o["dtype"]), selection=Selection(o["include"], o["exclude"])
-    )
+    engine = options.engine_of(o)
+    if output is None:
+        engine.alone("a decomposition that is only shown")
+    selection = Selection(o["include"], o["exclude"])
+    pool, notes = load_pool(sources, base=o["base"], dtype=getattr(torch, o["dtype"]), selection=selection)
     if o["dry_run"]:
         return dry(output, how, vectors=len(pool), tensors=len(pool.tensors()))
+
+    def approve(findings: Any) -> None:
+        if o["strict"]:
+            show.warn([f.as_dict() for f in findings], strict=True)
+
+    common: dict[str, Any] = dict(base=o["base"], engine=engine, device=o["device"], notes=notes, **choices)
     with show.progress("decompose", how) as advance:
-        d = run(
-            pool, base=o["base"], workers=o["workers"], device=o["device"], progress=advance, notes=notes, **choices
-        )
-    findings = all_findings(d)
-    if o["strict"]:
-        show.warn([f.as_dict() for f in findings], strict=True)
-    if output is not None:
-        under = [o["base"]] if o["base"] else []
-        summary = save_decomposition(d, output, overwrite=o["overwrite"], findings=findings, inputs=under)
-    else:
-        summary = as_dict(d, findings)
+        if output is None:
+            d = run(pool, progress=advance, **common)
+            findings = all_findings(d)
+            approve(findings)
+            summary = as_dict(d, findings)
+        else:
+            job = Job(
+                "devec.api.factor.make_pool",
+                {"factoring": choose(choices)[0], "base": o["base"], "references": sources, "selection": selection},
+            )
+            summary = decompose_to(
+                pool, output, overwrite=o["overwrite"], progress=advance, job=job, approve=approve, **common
+            )
+    if not summary:
+        return wrote_shard(output, engine.shard, how)
     if as_json:
         show.print_json(summary)
     show.decomposition(summary, how)
     show.warn(summary["warnings"])
     if output is not None:
-        show.say(f"wrote {output}; read parts as {output}#unique:{d.vectors[0]}", how)
+        show.say(f"wrote {output}; read parts as {output}#unique:{summary['vectors'][0]}", how)
+
+
+def wrote_shard(output: str | None, shard: Any, how: Printing) -> None:
+    """The last line of one process of several."""
+    if how.as_json:
+        show.print_json({"schema": 1, "output": output, "shard": list(shard)})
+    else:
+        show.say(f"part {shard[0]} of {shard[1]} is written; devec join {output} finishes when all are", how)
+
+
+@click.command()
+@click.argument("output", metavar="OUT")
+@options.printing()
+def join(output: str, as_json: bool, quiet: bool, verbose: bool) -> int:
+    """Finish OUT once every --shard-of I/N of its command has written its part: check hashes, assemble, rename."""
+    import os
+
+    from devec.cli.main import run as run_command
+    from devec.core.errors import InputError
+    from devec.io.journal import read_plan
+
+    place = Path(output).absolute()
+    plan = read_plan(place.with_name(f"{place.name}.partial-run"))
+    if plan is None:
+        raise InputError(
+            "there is nothing to join", file=output, remedy="Run the command with --shard-of I/N first, all N parts."
+        )
+    printing = [flag for flag, on in (("--json", as_json), ("--quiet", quiet), ("--verbose", verbose)) if on]
+    os.chdir(plan["place"])
+    return run_command([*without_shard(plan["words"]), "--join", *printing])
+
+
+def without_shard(words: list[str]) -> list[str]:
+    """A command line without its ``--shard-of``."""
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        if skip:
+            skip = False
+        elif word == "--shard-of":
+            skip = True
+        elif not word.startswith("--shard-of="):
+            kept.append(word)
+    return kept
 
 
 @click.command()
@@ -166,6 +232,7 @@ def export(part: str, base: str | None, output: str, as_json: bool, quiet: bool,
     """Write one part in the input's own format (LoRA in, LoRA out), or base + part."""
     how = Printing(as_json, quiet, verbose)
     from devec.api.export import export as run
+    from devec.api.jobs import Job
     from devec.api.references import load_vector, parse
     from devec.core.errors import UsageError
     from devec.io.artifact import decomposed_side
@@ -178,7 +245,9 @@ def export(part: str, base: str | None, output: str, as_json: bool, quiet: bool,
         show.note(show.BOTH_SIDES, how)
     if o["dry_run"]:
         return dry(output, how, part=vector.name, tensors=len(vector.deltas))
-    saving = saving_of("export", o, {"part": part.partition("#")[2], **options.read_time(o)})
+    view = options.read_view(o, [part])
+    job = Job("devec.api.apply.model_for", {"base": base, "terms": [(1.0, part)], "view": view, **dtypes(o)})
+    saving = replace(saving_of("export", o, {"part": part.partition("#")[2], **options.read_time(o)}), job=job)
     with show.progress("write", how) as advance:
         written = run(vector, output, base=base, saving=replace(saving, progress=advance))
     show.wrote(output, written, how)

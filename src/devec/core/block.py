@@ -10,6 +10,7 @@ from torch import Tensor
 
 from devec.core.delta import Delta
 from devec.core.layout import Layout
+from devec.core.lazy import LazyDelta
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Block:
     def present(self) -> list[int]:
         """Indices of the vectors that have this tensor."""
         return [i for i, d in enumerate(self.deltas) if d is not None]
+
+    def whole(self) -> Block:
+        """The same block with every matrix in memory, so that what reads them several times reads no file again."""
+        return replace(self, deltas=tuple(d.whole() if isinstance(d, LazyDelta) else d for d in self.deltas))
 
     def rows(self, start: int, stop: int) -> Block:
         """The same block cut to some rows of the matrix."""

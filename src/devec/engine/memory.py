@@ -30,6 +30,19 @@ def resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def available() -> int:
+    """Bytes that may be used without driving others out: most of what the system, or this control group, has free."""
+    free = [Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")]
+    known: list[int] = []
+    if free[0].exists():
+        for line in free[0].read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                known.append(int(line.split()[1]) * 1024)
+    if free[1].exists() and free[2].exists() and (limit := free[1].read_text().strip()).isdigit():
+        known.append(int(limit) - int(free[2].read_text()))
+    return max(int(0.8 * min(known)), 1 << 30) if known else 4 << 30
+
+
 def fit_workers(asked: int | None, budget: int | None, needs: Sequence[int], kept: int = 0) -> tuple[int, int | None]:
     """(workers, bytes for all running units) within ``budget``: fewer workers rather than more memory.
 

@@ -219,8 +219,8 @@ class OutputFolder:
 
     def _failed(self, error: BaseException) -> None:
         """Keep what is finished for --resume where that helps, and say so; otherwise leave nothing."""
-        if self.run is not None and self.run.shard is not None:
-            kept = self.journal is not None and len(self.journal.finished) > 0
+        if self.run is not None and (self.run.shard is not None or self.run.join):
+            kept = self.run.shard is not None and self.journal is not None and len(self.journal.finished) > 0
         else:
             kept = self.journal is not None and bool(self.journal.finished) and resumable(error)
             if not kept and os.path.lexists(self.path):

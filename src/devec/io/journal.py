@@ -42,13 +42,14 @@ class Identity:
     ``command``  the resolved recipe of the command, and the versions that decide its numbers
     ``outputs``  digest of the names, shapes, dtypes and files of all tensors to be written
     ``inputs``   every input file -> its size and time of change
-    ``words``    the command line, from which ``devec join`` finishes the run
+    ``words``    the command line, from which ``devec join`` finishes the run, and the folder that it was given in
     """
 
     command: Mapping[str, Any]
     outputs: str
     inputs: Mapping[str, list[int]]
     words: tuple[str, ...] = ()
+    place: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from devec.core.block import Block
 from devec.core.delta import Delta, LowRankDelta
 from devec.core.errors import InputError
+from devec.core.lazy import in_file, is_dense, row_blocks
 from devec.core.options import Factoring
 from devec.core.results import TensorFactors
 from devec.linalg.lowrank import ThinSVD, svd_of_dense, svd_of_product
-from devec.linalg.numerics import NonFiniteError
+from devec.linalg.numerics import CORE, NonFiniteError
 from devec.linalg.rank import RankRule
 from devec.methods.registry import register
 
@@ -36,7 +38,8 @@ def shared_unique(block: Block, factoring: Factoring | None = None) -> TensorFac
                 rank: factors in give factors out with no rank added (side left or right);
                 equivariant: W_i -> Q W_i with orthogonal Q rotates the parts by Q (exact paths);
                 order: defaults do not depend on the order of the vectors
-    Numerics    factors in float32 (float64 on request), cores in float64; entries from 1e-25 to 1e25
+    Numerics    factors in float32 (float64 on request), cores in float64; entries from 1e-25 to 1e25; one delta at a
+                time is whole in memory
     Differs     the paper's U is square or full rank, which makes every P_i the identity for a dense fine-tune: here
                 the rank is decided (RankRule). Its eigenvectors of a non-symmetric product are replaced by principal
                 vectors. Its chain and its order-dependent basis are options; defaults are order-free. Thresholds
@@ -49,15 +52,13 @@ def shared_unique(block: Block, factoring: Factoring | None = None) -> TensorFac
     side_length = {"left": n, "right": m, "both": min(n, m)}[factoring.side]
     dtype = getattr(torch, factoring.dtype)
     svd: dict[int, ThinSVD] = {}
-    deltas: dict[int, Delta] = {}
     norms: dict[int, float] = {}
     low_rank: set[int] = set()
     for i in block.present:
         delta = block.deltas[i]
         assert delta is not None
-        deltas[i] = delta = delta.to(dtype)
         try:
-            factors = factor(delta, rule, side_length, factoring, (block.name, block.vectors[i]))
+            factors = factor(delta.to(dtype), rule, side_length, factoring, (block.name, block.vectors[i]))
         except NonFiniteError as error:
             raise unusable(block, i, error) from None
         norms[i] = factors.total**0.5
@@ -67,8 +68,39 @@ def shared_unique(block: Block, factoring: Factoring | None = None) -> TensorFac
             # The long side of a dense delta costs as much memory as U; side left never asks for it.
             keep_right = factoring.side != "left" or i in low_rank
             svd[i] = factors if keep_right else replace(factors, V=factors.V[:, :0].clone())
-    gram = {(i, j): deltas[i].inner(deltas[j]) for i in deltas for j in deltas if i <= j}
-    return TensorFactors(block.name, block.layout, svd, norms, gram, frozenset(low_rank))
+    return TensorFactors(block.name, block.layout, svd, norms, inner_products(block, dtype), frozenset(low_rank))
+
+
+def inner_products(block: Block, dtype: torch.dtype) -> dict[tuple[int, int], float]:
+    """``<Delta_i, Delta_j>`` for i <= j, in float64. Dense deltas are gone through by blocks of rows, all at once, so
+    that ones which are read when asked for are never whole; factors never become dense among themselves."""
+    deltas = {i: delta.to(dtype) for i, delta in enumerate(block.deltas) if delta is not None}
+    gram = {
+        (i, j): deltas[i].inner(deltas[j])
+        for i in deltas for j in deltas if i <= j and not (is_dense(deltas[i]) or is_dense(deltas[j]))
+    }
+    by_rows = [(i, j) for i in deltas for j in deltas if i <= j and (i, j) not in gram]
+    if not by_rows:
+        return gram
+    transposed = block.layout.transposed
+    filed = {i: in_file(delta, transposed) for i, delta in deltas.items()}
+    sums: dict[tuple[int, int], list[Tensor]] = {pair: [] for pair in by_rows}
+    for start, stop in row_blocks(next(iter(filed.values())).shape):
+        rows = {i: delta.rows(start, stop).dense().reshape(-1).to(CORE) for i, delta in filed.items()}
+        for i, j in by_rows:
+            sums[i, j].append(torch.dot(rows[i], rows[j]))
+    return gram | {pair: float(torch.stack(parts).sum()) for pair, parts in sums.items()}
+
+
+def working_bytes(shape: tuple[int, int], factoring: Factoring) -> int:
+    """Bytes that factoring one dense delta takes at most, the delta itself included: the matrix, for the exact path the
+    short side's Gram matrix with its eigenvectors and LAPACK's workspace, and the bases that are kept."""
+    n, m = shape
+    short, size = min(n, m), 8 if factoring.dtype == "float64" else 4
+    rule = RankRule.parse(factoring.rank)
+    rank = {"auto": short // 4, "fixed": int(rule.value)}.get(rule.kind, short)
+    spectrum = (3 * n * m + 3 * short * short if size == 8 else 4 * short * short + 1024 * max(n, m)) * 8
+    return n * m * size + spectrum + 3 * (n + m) * max(rank, 96) * size
 
 
 def unusable(block: Block, i: int, error: NonFiniteError) -> InputError:

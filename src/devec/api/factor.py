@@ -1,0 +1,219 @@
+"""The factoring of a pool, tensor by tensor, in memory or into files that outlive an interrupt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from devec.api.jobs import Job, checkpoints_of, kept_of
+from devec.api.run import Engine, cluster, learn, portable, stretch
+from devec.core.block import Block
+from devec.core.delta import LowRankDelta
+from devec.core.errors import IncompatibleError, RefusedError
+from devec.core.options import Factoring
+from devec.core.results import LazyFactors, TensorFactors
+from devec.core.vectors import Pool
+from devec.engine.memory import available, fit_workers
+from devec.engine.stream import Check, Unit, stream
+from devec.engine.threads import Progress, silent
+from devec.io.checkpoint import Checkpoint
+from devec.io.folder import OutputFolder, Run
+from devec.io.journal import RUN, Finished, check_unchanged
+from devec.io.parts import is_sound, part_name, read_part, write_part
+from devec.methods.decompose.shared_unique import shared_unique, working_bytes
+
+
+def tensor_names(pool: Pool, factoring: Factoring) -> list[str]:
+    """Every tensor that takes part: matrices, and 1-D parameters if asked for."""
+    names = [n for n in pool.tensors() if factoring.one_d or not pool.layout(n).is_vector]
+    if not names:
+        raise IncompatibleError(
+            "there is no matrix to decompose", values={"tensors": len(pool.tensors())},
+            remedy="1-D parameters are decomposed with --one-d only; check --include and --exclude.",
+        )
+    return names
+
+
+def factor_tensor(block: Block, factoring: Factoring, device: torch.device) -> TensorFactors:
+    """Eq. (6) for every vector of one tensor, on ``device``; the factors come back to the CPU."""
+    factors = shared_unique(block.on(device), factoring).on(torch.device("cpu"))
+    # As a file holds them, strides and all: parts read from disk are then the same to the last bit.
+    rows = {i: replace(s, U=_row_major(s.U), V=_row_major(s.V)) for i, s in factors.svd.items()}
+    return replace(factors, svd=rows)
+
+
+def _row_major(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves one column its odd strides
+
+
+@dataclass(frozen=True)
+class Need:
+    """How one tensor is factored: ``memory`` bytes at most, and whether all its deltas are in memory at once.
+
+    Read once and kept, or one after the other and read again for their inner products: the same numbers come out.
+    """
+
+    memory: int
+    whole: bool
+
+
+def need_of(pool: Pool, factoring: Factoring, name: str, room: int) -> Need:
+    """What a tensor needs when there is ``room`` for it: everything at once if that fits."""
+    block = pool.block(name)
+    present = [d for d in block.deltas if d is not None]
+    n, m = block.layout.matrix_shape
+    size = 8 if factoring.dtype == "float64" else 4
+    thin = sum((d.B.numel() + d.A.numel()) * 6 * size for d in present if isinstance(d, LowRankDelta))
+    dense = sum(not isinstance(d, LowRankDelta) for d in present)
+    if not dense:
+        return Need(thin, True)
+    alone = working_bytes((n, m), factoring) + thin
+    together = alone + (dense - 1) * n * m * size
+    return Need(together, True) if together <= room else Need(alone, False)
+
+
+def plan_needs(
+    pool: Pool, factoring: Factoring, names: Sequence[str], engine: Engine
+) -> tuple[dict[str, Need], int, int]:
+    """Each tensor's need, the workers, and the bytes for all of them, within ``--max-memory`` (or what is free)."""
+    alone = {n: need_of(pool, factoring, n, 0) for n in names}
+    budget = engine.memory
+    workers, room = fit_workers(engine.workers, budget, [need.memory for need in alone.values()])
+    if room is None:
+        room = available()
+    share = room // max(workers, 1)
+    return {n: need_of(pool, factoring, n, share) for n in names}, workers, room
+
+
+def factor_all(
+    pool: Pool, factoring: Factoring, names: Sequence[str], engine: Engine, device: torch.device,
+    progress: Progress = silent,
+) -> dict[str, TensorFactors]:
+    """Every tensor's factors, in memory."""
+    found: dict[str, TensorFactors] = {}
+    for name, factors in _factored(pool, factoring, names, engine, device):
+        found[name] = factors
+        progress(len(found), len(names), name)
+    return {n: found[n] for n in names}
+
+
+def _factored(
+    pool: Pool, factoring: Factoring, names: Sequence[str], engine: Engine, device: torch.device
+) -> Iterator[tuple[str, TensorFactors]]:
+    needs, workers, room = plan_needs(pool, factoring, names, engine)
+    sources = checkpoints_of_pool(pool)
+
+    def work(name: str, check: Check) -> TensorFactors:
+        check()
+        block = pool.block(name)
+        return factor_tensor(block.whole() if needs[name].whole else block, factoring, device)
+
+    units = [Unit(n, needs[n].memory, _ahead(sources, n)) for n in names]
+    yield from stream(work, units, workers=1 if device.type == "cuda" else workers, memory=room)
+
+
+def checkpoints_of_pool(pool: Pool) -> list[Checkpoint]:
+    """Every open checkpoint that the pool reads from, each once."""
+    return list({id(c): c for v in pool for c in checkpoints_of(v)}.values())
+
+
+def _ahead(sources: Sequence[Checkpoint], name: str) -> tuple[tuple[int, int, int], ...]:
+    places = (source.place(name) for source in sources if name in source)
+    return tuple(place for place in places if place is not None)
+
+
+@dataclass(frozen=True)
+class Factored:
+    """The factoring of a pool into one file per tensor, in the temporary folder of an output."""
+
+    pool: Pool
+    factoring: Factoring
+    names: Sequence[str]
+    run: Run
+    engine: Engine
+    device: torch.device
+    job: Job | None = None
+    progress: Progress = silent
+
+    def into(self, folder: OutputFolder) -> Mapping[str, TensorFactors]:
+        """Factor what is not factored yet; returns factors that are read when asked for."""
+        journal = folder.journal
+        assert journal is not None
+        parts = folder.path / RUN / "parts"
+        parts.mkdir(exist_ok=True)
+        place = {n: parts / part_name(i) for i, n in enumerate(self.names)}
+        sources = checkpoints_of_pool(self.pool)
+        for source in sources:
+            source.digests.watch()
+        learn(sources, journal.finished.values())
+        mine = self._mine()
+        journal.forget([n for n, r in journal.finished.items() if n in place and not is_sound(place[n], r.sha256)])
+        todo = [n for n in mine if n not in journal.finished]
+        if self.engine.join and todo:
+            raise RefusedError(
+                f"{len(todo)} of {len(mine)} tensors are not factored yet", tensor=todo[0], file=folder.out,
+                remedy="Run the shards that are missing, or stopped, with --resume.",
+            )
+        done = len(mine) - len(todo)
+        for record in self._results(todo, place, sources):
+            journal.append(record)
+            done += 1
+            self.progress(done, len(mine), record.name)
+        check_unchanged(self.run.identity.inputs)
+        return LazyFactors(self.names, lambda name: read_part(place[name]))
+
+    def _mine(self) -> list[str]:
+        if self.engine.shard is None:
+            return list(self.names)
+        sizes = [self.pool.layout(n).matrix_shape[0] * self.pool.layout(n).matrix_shape[1] for n in self.names]
+        return stretch(self.names, sizes, *self.engine.shard)
+
+    def _results(
+        self, names: Sequence[str], place: Mapping[str, Path], sources: Sequence[Checkpoint]
+    ) -> Iterator[Finished]:
+        if self.engine.executor == "ray":
+            job = portable(self.job)
+            with cluster(self.engine) as there:
+                calls = [(job, self.factoring, name, place[name]) for name in names]
+                yield from there.map(factor_elsewhere, calls)
+            return
+        needs, workers, room = plan_needs(self.pool, self.factoring, names, self.engine)
+
+        def work(name: str, check: Check) -> Finished:
+            check()
+            block = self.pool.block(name)
+            factors = factor_tensor(block.whole() if needs[name].whole else block, self.factoring, self.device)
+            check()
+            return _part(place[name], factors, sources)
+
+        units = [Unit(n, needs[n].memory, _ahead(sources, n)) for n in names]
+        for _, record in stream(work, units, workers=1 if self.device.type == "cuda" else workers, memory=room):
+            yield record
+
+
+def _part(path: Path, factors: TensorFactors, sources: Sequence[Checkpoint]) -> Finished:
+    digest, size = write_part(path, factors)
+    inputs = {str(i): found for i, source in enumerate(sources) if (found := source.digests.take())}
+    return Finished(factors.name, path.name, digest, size, inputs)
+
+
+def factor_elsewhere(job: Job, factoring: Factoring, name: str, path: Path) -> Finished:
+    """Factor one tensor in a process that does not hold the pool."""
+    pool: Pool = kept_of(job)
+    sources = checkpoints_of_pool(pool)
+    for source in sources:
+        source.digests.watch()
+    return _part(path, factor_tensor(pool.block(name), factoring, torch.device("cpu")), sources)
+
+
+def make_pool(factoring: Factoring, base: str | None, **arguments: object) -> Pool:
+    """The pool of a :class:`~devec.api.jobs.Job`: as ``decompose`` makes it from references."""
+    from devec.api.decompose import prepared
+    from devec.api.references import load_pool
+
+    pool, _ = load_pool(base=base, dtype=getattr(torch, factoring.dtype), **arguments)  # type: ignore[arg-type]
+    return prepared(pool, factoring, base)[0]
