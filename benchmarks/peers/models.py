@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -79,6 +80,7 @@ def write_family(
     found = [folder / model for model in ("base", *TASKS)]
     if (folder / STAMP).is_file() and (folder / STAMP).read_text() == wanted:
         return found
+    shutil.rmtree(folder, ignore_errors=True)  # half a family
     for path, model in zip(found, [base, *(base.fine_tune(task, CHANGE) for task in TASKS)], strict=True):
         say(f"generating {path.name}, {shape.bytes / 1e9:.2f} GB")
         write_folder(model, path, shard_size)

@@ -110,11 +110,11 @@ def ratios(session: Session) -> list[Ratios]:
         found.append(
             Ratios(
                 *group,
-                faster=peer and peer.wall / ours.wall,
-                memory=peer and ours.peak / peer.peak,
-                copy=copy and ours.wall / copy.wall,
-                faster_work=peer and peer.work / ours.work,
-                copy_work=copy and ours.work / copy.work,
+                faster=peer.wall / ours.wall if peer else None,
+                memory=ours.peak / peer.peak if peer else None,
+                copy=ours.wall / copy.wall if copy else None,
+                faster_work=peer.work / ours.work if peer else None,
+                copy_work=ours.work / copy.work if copy else None,
             )
         )
     return found

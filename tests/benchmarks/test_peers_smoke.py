@@ -65,6 +65,8 @@ def test_a_family_is_generated_once(tmp_path: Path) -> None:
     said: list[str] = []
     first = write_family(TINY, tmp_path / "models", say=said.append)
     assert len(said) == 5 and write_family(TINY, tmp_path / "models", say=said.append) == first and len(said) == 5
+    (tmp_path / "models" / "generated.json").unlink()  # as an interrupted run leaves it
+    assert write_family(TINY, tmp_path / "models", say=said.append) == first and len(said) == 10
 
 
 # --- the page cache, the copy, the watch -----------------------------------------------------------------------------
