@@ -18,14 +18,15 @@ PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow check bench docs wheel clean
+.PHONY: help demo test test-slow check bench bench-peers docs wheel clean
 
 help:
 	@echo "make demo       the main job on real data, results in ./devec-demo/"
 	@echo "make test       the tests (under ten minutes on two cores)"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make check      ruff, mypy, import contract"
-	@echo "make bench      seconds and memory against the literal recipe"
+	@echo "make bench      seconds and memory against the literal recipe (and, once set up, against mergekit)"
+	@echo "make bench-peers  against mergekit and a plain copy alone: sets mergekit up on the first call"
 	@echo "make docs       docs/equations.md and the pictures in docs/img/"
 	@echo "make wheel      dist/devec-*.whl"
 	@echo "make clean      remove the environment and everything that was built"
@@ -58,6 +59,10 @@ check: $(VENV)/.ready-dev
 
 bench: $(VENV)/.ready-dev
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+bench-peers: $(VENV)/.ready-dev
+	@$(BIN)/python -m benchmarks.peers.setup $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+	@$(BIN)/python -m benchmarks.peers $(ARGS)
 
 docs: $(VENV)/.ready-dev
 	$(BIN)/python docs/make_equations.py

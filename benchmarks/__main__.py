@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: the literal recipe against devec, in one run."""
+"""``python -m benchmarks``: the literal recipe against devec, then devec against its peers, in one run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from benchmarks import report
 from benchmarks.clock import threads as on_threads
 from benchmarks.family import family_seconds
 from benchmarks.machine import in_words, machine
+from benchmarks.peers.__main__ import run as run_peers
+from benchmarks.peers.setup import is_ready
 from benchmarks.rows import Row, dense_rows, low_rank_rows
 from benchmarks.scaling import gpu_timings, thread_timings
 
@@ -26,8 +28,9 @@ RANKS = (64, 16, 256)
 @click.command()
 @click.option("--sizes", default=",".join(map(str, SIZES)), show_default=True, help="Sides of the square matrices.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads, for both sides.")
+@click.option("--peers/--no-peers", default=True, help="Then benchmarks.peers, where mergekit stands.")
 @click.option("--write", is_flag=True, help="Write the tables into benchmarks/RESULTS.md.")
-def main(sizes: str, threads: int, write: bool) -> None:
+def main(sizes: str, threads: int, peers: bool, write: bool) -> None:
     """Time the literal recipe against devec; JSON goes to benchmarks/out/bench.json."""
     console = Console()
     console.width = max(console.width, 144)  # a squeezed table hides figures
@@ -53,6 +56,10 @@ def main(sizes: str, threads: int, write: bool) -> None:
         report.write_results(report.markdown(figures))
     missed = sum(row.verdict in ("short", "missed") for row in rows)
     console.print(f"{missed} of {len(rows)} rows fall short" if missed else "every required minimum is met")
+    if peers and is_ready():
+        run_peers(write=write)
+    elif peers:
+        console.print("not compared with mergekit: make bench-peers sets it up and does so", style="dim")
 
 
 if __name__ == "__main__":
