@@ -106,7 +106,9 @@ def difference(base: TensorSource, model: TensorSource, name: str, layout: Layou
     wide = torch.promote_types(torch.promote_types(dtype, model.info(name).dtype), base.info(name).dtype)
 
     def read(start: int, stop: int) -> Tensor:
-        rows = model.rows(name, start, stop).to(wide) - widened_rows(base, name, start, stop, wide)
+        before, stored = widened_rows(base, name, start, stop, wide), model.rows(name, start, stop)
+        tuned = stored.to(wide)
+        rows = tuned - before if tuned is stored else tuned.sub_(before)  # the widened copy is nobody else's
         return rows.reshape(stop - start, -1)
 
     return LazyDelta(layout.matrix_shape, wide, read, transposed=layout.transposed)
