@@ -177,7 +177,7 @@ def save_decomposition(
         for v in d.pool
         if isinstance(v.deltas, artifact.SourcedMap) and (source := v.deltas.source()) is not None
     }
-    kept = [*(p for v in d.pool for p in source_paths(v)), *(Path(p) for p in inputs if Path(p).exists())]
+    kept = [*(p for v in d.pool for p in source_paths(v)), *(found for p in inputs for found in named_paths(str(p)))]
     provenance = Provenance(
         command="decompose",
         parameters={"factoring": vars(d.factoring), "view": vars(d.view)},
@@ -198,14 +198,16 @@ def input_record(v: TaskVector) -> InputRecord:
     named = source_paths(v)
     if named and named[0].is_dir() and artifact.artifact_kind(named[0]):
         hashes = {n: sha256_of(named[0] / n) for n in artifact.FILES if (named[0] / n).is_file()}
-        return InputRecord(reference, str(named[0]), hashes, "artifact")
+        return InputRecord(reference, str(named[0]), hashes, "artifact", v.origin.revision)
     path = Path(v.origin.file) if v.origin.file else None
     digest: str | None = None
     if path is not None and path.is_file():
         digest = sha256_of(path)
     elif path is not None and path.is_dir() and v.origin.dialect == "checkpoint":
         digest = open_checkpoint(path).fingerprint()
-    return InputRecord(reference, None if path is None else str(path), digest, v.origin.dialect)
+    if path is not None and path.is_dir() and v.origin.revision is not None:
+        path = None  # the cache names a folder by its commit, which the record has already
+    return InputRecord(reference, None if path is None else str(path), digest, v.origin.dialect, v.origin.revision)
 
 
 def source_paths(v: TaskVector) -> list[Path]:

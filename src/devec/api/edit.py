@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from devec.api.extract import layout_of
+from devec.api.extract import hub_of, layout_of
 from devec.core.contracts import TensorInfo, TensorSource
 from devec.core.errors import IncompatibleError, InputError
 from devec.core.layout import Layout
 from devec.core.vectors import TaskVector
 from devec.io.checkpoint import checkpoint_from_state_dict
+from devec.io.hub_id import HubFolder
 from devec.io.names import resolve_names
 from devec.io.rounding import cast
 
@@ -54,6 +55,10 @@ class Edited:
     @property
     def reference(self) -> str:
         return self.base.reference
+
+    @property
+    def hub(self) -> HubFolder | None:
+        return hub_of(self.base)
 
     @property
     def ties(self) -> Mapping[str, str]:

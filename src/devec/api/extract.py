@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from devec.api.sources import hub_id
 from devec.core.contracts import TensorSource
 from devec.core.delta import Delta, DenseDelta, LowRankDelta
 from devec.core.errors import IncompatibleError, InputError
@@ -16,6 +17,7 @@ from devec.core.results import Finding
 from devec.core.vectors import Origin, TaskVector
 from devec.io.artifact import Source, SourcedMap
 from devec.io.checkpoint import Checkpoint
+from devec.io.hub_id import HubFolder
 from devec.io.names import Selection, nearest
 from devec.linalg.lowrank import svd_of_dense, svd_of_product
 from devec.linalg.numerics import NonFiniteError
@@ -40,7 +42,10 @@ def extract(
 
 
 def label_of(path: str | Path) -> str:
-    """What a model is called where no name is given: its folder, or its file without the suffix."""
+    """What a model is called where no name is given: its repository, its folder, or its file without the suffix."""
+    hub = hub_id(str(path))
+    if hub is not None:
+        return hub.name
     place = Path(path).absolute()
     return place.name if place.is_dir() else place.stem
 
@@ -86,7 +91,7 @@ def delta_of(
         deltas=SourcedMap(names, make, lambda: _source(base, model)),
         layouts=layouts,
         origin=Origin(
-            reference=model.reference, file=model.reference, dialect="checkpoint", base_name=base.reference,
+            reference=model.reference, file=place_of(model), dialect="checkpoint", base_name=public_name(base),
             base_fingerprint=fingerprint_of(base),
         ),
         partial=False,
@@ -137,13 +142,31 @@ def _source(base: TensorSource, model: TensorSource) -> Source | None:
         return None  # an edited model is not what its file says
     if not (_on_disk(model) and _on_disk(base)):
         return None
-    here, there = (str(Path(m.reference).absolute()) for m in (model, base))
+    here, there = (str(Path(m.reference).absolute()) if m.hub is None else m.hub.pinned for m in (model, base))
     return Source(here, model.fingerprint(), there, base.fingerprint())
 
 
 def _on_disk(model: Checkpoint) -> bool:
     names = model.names()
     return bool(names) and Path(model.file_of(names[0])).is_file()
+
+
+def hub_of(source: TensorSource) -> HubFolder | None:
+    """The repository of the Hugging Face Hub that a model was read from, if it was."""
+    found: HubFolder | None = getattr(source, "hub", None)
+    return found
+
+
+def place_of(source: TensorSource) -> str:
+    """Where a model lies on this machine."""
+    hub = hub_of(source)
+    return source.reference if hub is None else str(hub.folder)
+
+
+def public_name(source: TensorSource) -> str:
+    """What adapters and model cards call a base: its repository without a revision, or its reference."""
+    hub = hub_of(source)
+    return source.reference if hub is None else hub.id.repo
 
 
 def fingerprint_of(source: TensorSource) -> str | None:

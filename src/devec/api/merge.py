@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from devec.api.extract import to_lora
+from devec.api.extract import hub_of, public_name, to_lora
 from devec.api.output import Saving, edited, heads_from, save_model, save_vector
 from devec.api.references import ViewLike, existing, load_pool, open_model, parse
 from devec.core.block import Block
@@ -21,6 +21,7 @@ from devec.core.results import Finding
 from devec.core.vectors import LazyMap, Pool, TaskVector
 from devec.io.adapters import is_adapter
 from devec.io.artifact import artifact_kind
+from devec.io.hub_id import HubFolder
 from devec.io.model_folder import WrittenModel
 from devec.io.names import Selection
 from devec.methods import registry
@@ -40,6 +41,10 @@ class ZeroBase:
     @property
     def reference(self) -> str:
         return self.like.reference
+
+    @property
+    def hub(self) -> HubFolder | None:
+        return hub_of(self.like)
 
     @property
     def ties(self) -> Mapping[str, str]:
@@ -192,7 +197,7 @@ def save_merged(
     vector, errors = merged.vector, dict[str, float]()
     if merged.base is not None and not compression.asked:
         model = edited(merged.base, [(1.0, vector)], saving, kept)
-        names = [] if merged.reference_base is None else [merged.base.reference]
+        names = [] if merged.reference_base is None else [public_name(merged.base)]
         try:
             return save_model(model, out, saving, names or [v.origin.reference for v in merged.pool]), errors
         except InputError as error:

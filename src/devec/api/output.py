@@ -13,6 +13,7 @@ from torch import Tensor
 
 from devec.api.decompose import input_record, source_paths
 from devec.api.edit import Edited, check_finite
+from devec.api.extract import hub_of, place_of, public_name
 from devec.core.contracts import TensorSource
 from devec.core.errors import DevecError, IncompatibleError, RefusedError, UsageError
 from devec.core.provenance import InputRecord, Provenance
@@ -63,7 +64,7 @@ class Saving:
         records = [input_record(v) for v in vectors]
         kept = [p for v in vectors for p in source_paths(v)]
         if base is not None:
-            records.insert(0, base_record(base))
+            records[:0] = [base_record(base), *(input_record(v) for v in _added_to(base))]
             kept += _places(base)
         return replace(self, inputs=tuple(records), kept=tuple(dict.fromkeys(kept)))
 
@@ -74,20 +75,26 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def base_record(base: TensorSource) -> InputRecord:
-    exists = Path(base.reference).exists()
+    hub = hub_of(base)
+    exists = hub is None and Path(base.reference).exists()
     digest = base.fingerprint() if hasattr(base, "fingerprint") else None
     return InputRecord(
-        reference=base.reference, path=base.reference if exists else None, sha256=digest, kind="base"
+        reference=base.reference, path=base.reference if exists else None, sha256=digest, kind="base",
+        revision=None if hub is None else hub.commit,
     )
 
 
 def _places(base: TensorSource) -> list[Path]:
     """Where a base lies; of ``BASE+ADAPTER``, the adapter too."""
-    found = [Path(base.reference)] if Path(base.reference).exists() else []
-    if isinstance(base, Edited):
-        vectors = {id(vector): vector for terms in base.terms.values() for _, vector, *_ in terms}
-        found += [p for vector in vectors.values() for p in source_paths(vector)]
-    return found
+    found = [Path(place_of(base))] if Path(place_of(base)).exists() else []
+    return found + [p for vector in _added_to(base) for p in source_paths(vector)]
+
+
+def _added_to(base: TensorSource) -> list[TaskVector]:
+    """Of ``BASE+ADAPTER``, the adapter."""
+    if not isinstance(base, Edited):
+        return []
+    return list({id(vector): vector for terms in base.terms.values() for _, vector, *_ in terms}.values())
 
 
 def save_model(model: TensorSource, out: str | Path, saving: Saving, base_models: Sequence[str] = ()) -> WrittenModel:
@@ -109,7 +116,7 @@ def save_model(model: TensorSource, out: str | Path, saving: Saving, base_models
             shard_size=saving.shard_size,
             overwrite=saving.overwrite,
             strict=saving.strict,
-            base_models=list(base_models) or [model.reference],
+            base_models=list(base_models) or [public_name(model)],
             summary=saving.summary,
             card_text=saving.card_text,
             inputs=saving.kept,

@@ -192,6 +192,7 @@ def negate(
     saving = saving_of(
         "negate", o, {"target": target, "pool": pool, "part": part, "coefficient": coefficient, **choices}
     )
+    options.download(base, [target, *pool])
     with show.progress("negate", how) as advance:
         negated = run(target, pool, base=base, part=part, coefficient=coefficient, selection=selection,  # type: ignore[arg-type]
                       progress=advance, workers=o["workers"], **choices)
@@ -248,6 +249,7 @@ def mix(
     options.check_place(output, o["overwrite"], adapters)
     compression = Compression(o["rank"], o["energy"], o["error"])
     choices = {**options.fixed(o), **options.read_time(o)}
+    options.download(None, adapters)
     with show.progress("mix", how) as advance:
         mixed = run(adapters, part=part, weights=weights, selection=Selection(o["include"], o["exclude"]),  # type: ignore[arg-type]
                     progress=advance, workers=o["workers"], **choices)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import click
@@ -166,7 +165,7 @@ def export(part: str, base: str | None, output: str, as_json: bool, quiet: bool,
     """Write one part in the input's own format (LoRA in, LoRA out), or base + part."""
     how = Printing(as_json, quiet, verbose)
     from devec.api.export import export as run
-    from devec.api.references import load_vector, parse
+    from devec.api.references import existing, load_vector, parse
     from devec.core.errors import UsageError
     from devec.io.artifact import decomposed_side
 
@@ -174,7 +173,7 @@ def export(part: str, base: str | None, output: str, as_json: bool, quiet: bool,
         raise UsageError(f"{part!r} names no part", remedy="Write ARTIFACT#unique:NAME, #shared:NAME or #shared:A+B.")
     options.check_place(output, o["overwrite"], [base, part])
     vector = load_vector(part, base=base, view=options.read_view(o, [part]))
-    if vector.is_low_rank() and decomposed_side(Path(parse(part).path)) == "both":
+    if vector.is_low_rank() and decomposed_side(existing(parse(part).path, part)) == "both":
         show.note(show.BOTH_SIDES, how)
     if o["dry_run"]:
         return dry(output, how, part=vector.name, tensors=len(vector.deltas))

@@ -51,6 +51,7 @@ class Origin:
     base_name: str | None = None  # what the adapter says its base is
     base_fingerprint: str | None = None  # hash of the base's tensor names, shapes and dtypes, and of its bytes
     config: Mapping[str, object] = field(default_factory=dict)  # the adapter's own configuration
+    revision: str | None = None  # the commit that a reference to the Hugging Face Hub was resolved to
 
 
 @dataclass(frozen=True)
