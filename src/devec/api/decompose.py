@@ -205,8 +205,8 @@ def input_record(v: TaskVector) -> InputRecord:
         digest = sha256_of(path)
     elif path is not None and path.is_dir() and v.origin.dialect == "checkpoint":
         digest = open_checkpoint(path).fingerprint()
-    if path is not None and path.is_dir() and v.origin.revision is not None:
-        path = None  # the cache names a folder by its commit, which the record has already
+    if path is not None and v.origin.revision is not None and v.origin.revision.endswith(path.name):
+        path = None  # the Hub's cache names a folder by its commit, which the record has already
     return InputRecord(reference, None if path is None else str(path), digest, v.origin.dialect, v.origin.revision)
 
 

@@ -74,11 +74,13 @@ def _all(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return add
 
 
-def _without_bars(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
-    """--quiet holds for downloads too."""
+def _and_downloads(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
+    """Bars of downloads are shown where the command's own are: on a terminal, and not with --quiet."""
+    import sys
+
     from devec.io import hub
 
-    hub.bars = not quiet
+    hub.bars = not quiet and sys.stderr.isatty()
     return quiet
 
 
@@ -86,7 +88,7 @@ def printing() -> Callable[[F], F]:
     """--json, -q, -v: what is printed."""
     return _all(
         click.option("--json", "as_json", is_flag=True, help="Results as JSON on stdout, and nothing else there."),
-        click.option("-q", "--quiet", is_flag=True, callback=_without_bars,
+        click.option("-q", "--quiet", is_flag=True, callback=_and_downloads,
                      help="No progress, no tables; warnings and errors only."),
         click.option("-v", "--verbose", is_flag=True, help="One row per tensor."),
     )  # fmt: skip

@@ -11,7 +11,6 @@ import errno
 import glob
 import logging
 import os
-import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,9 +24,8 @@ if TYPE_CHECKING:
     from devec.io.hub_files import Needed
 
 bars = True
-"""Whether downloads may show progress bars on a terminal; ``--quiet`` turns this off."""
+"""Whether downloads may show progress bars; the command line turns this off with ``--quiet``, and off a terminal."""
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _ROOM = 1 << 24
@@ -53,8 +51,10 @@ def fetch(wanted: HubId, *, model: bool = False) -> HubFolder:
     known = _fetched.get((wanted, model))
     if known is None or not known.folder.is_dir():
         other = _fetched.get((wanted, not model))
-        found = _fetch(wanted if other is None else HubId(wanted.repo, other.commit), model)
-        known = _fetched[wanted, model] = HubFolder(found.folder, found.commit, wanted)
+        folder, files = _fetch(wanted if other is None else HubId(wanted.repo, other.commit), model)
+        known = HubFolder(folder, folder.name, wanted)
+        for use in {model, files.kind == "model"}:
+            _fetched[wanted, use] = known
     return known
 
 
@@ -69,7 +69,8 @@ def cached_folder(wanted: HubId) -> Path | None:
         return None
 
 
-def _fetch(wanted: HubId, model: bool) -> HubFolder:
+def _fetch(wanted: HubId, model: bool) -> tuple[Path, Needed]:
+    """The folder of the commit, which bears its name, and what was wanted there."""
     from devec.io.hub_files import needed
 
     for _ in range(3):
@@ -80,16 +81,20 @@ def _fetch(wanted: HubId, model: bool) -> HubFolder:
         there = {file.rfilename: file for file in info.siblings or ()}
         where = f"{wanted.repo}@{info.sha}"
         files = needed(there, where, model=model)
-        folder = _download(wanted, files.small or files.weights, there)  # by its name, so that the cache learns that
+        # by branch or tag first, so that the cache learns what it means
+        folder = _download(wanted, files.small or files.weights, there, info.sha)
         if folder.name == info.sha:
-            weights = _weights(files, folder, there, where)
-            _download(HubId(wanted.repo, info.sha), (*files.small, *weights), there)
-            return HubFolder(folder, info.sha, wanted)
+            if files.small:
+                _download(HubId(wanted.repo, info.sha), _weights(files, folder, there, where), there, info.sha)
+            return folder, files
     raise InputError("the revision keeps changing while it is read", file=str(wanted), remedy="Give a commit: @COMMIT.")
 
 
-def _weights(files: Needed, folder: Path, there: Collection[str], where: str) -> tuple[str, ...]:
-    """The weight files, once the small ones are there: they may refuse the model, or name its shards."""
+def _weights(files: Needed, folder: Path, there: Collection[str] | None, where: str) -> tuple[str, ...]:
+    """The weight files, once the small ones are there: they may refuse the model, or name its shards.
+
+    ``there`` is what the repository holds, if that is known.
+    """
     from devec.io.hub_files import CONFIG
     from devec.io.quantised import refuse_declared
     from devec.io.shard_index import read_json, weight_map
@@ -99,7 +104,7 @@ def _weights(files: Needed, folder: Path, there: Collection[str], where: str) ->
     if files.index is None:
         return files.weights
     shards = sorted(set(weight_map(folder / files.index).values()))
-    lost = [shard for shard in shards if shard not in there]
+    lost = [shard for shard in shards if there is not None and shard not in there]
     if lost:
         raise InputError(
             "the index names a file that the repository does not hold", values={"index": files.index, "file": lost[0]},
@@ -161,10 +166,10 @@ def _status(error: Any) -> str:
 
 
 def _text(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
-def _from_cache(wanted: HubId, model: bool, error: _Unreachable) -> HubFolder:
+def _from_cache(wanted: HubId, model: bool, error: _Unreachable) -> tuple[Path, Needed]:
     """The commit that the cache knows the revision as, if everything needed of it is there."""
     from devec.io.hub_files import needed
 
@@ -175,28 +180,36 @@ def _from_cache(wanted: HubId, model: bool, error: _Unreachable) -> HubFolder:
             f"there is no path {str(wanted)!r}, and none in the cache of the Hugging Face Hub, which cannot be asked",
             values={"reason": error}, remedy=remedy,
         )
-    names, where = _listing(wanted, folder), f"{wanted.repo}@{folder.name}"
-    try:
-        files = needed(names, where, model=model)
-        lost = _absent(folder, files.small) or _absent(folder, _weights(files, folder, names, where))
-    except InputError as cause:
-        lost = [cause.what]
-    if lost:
-        raise InputError(
+    where = f"{wanted.repo}@{folder.name}"
+    listed = _listing(wanted, folder)
+    present = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+
+    def partial(missing: str) -> InputError:
+        return InputError(
             "the cache of the Hugging Face Hub holds a part of this only, and the Hub cannot be asked for the rest",
-            values={"missing": lost[0], "reason": error}, file=where, remedy=remedy,
+            values={"missing": missing, "reason": error}, file=where, remedy=remedy,
         )
+
+    try:
+        files = needed(present if listed is None else listed, where, model=model)
+    except InputError:
+        if listed is not None:
+            raise
+        raise partial("its weights") from None
+    lost = _absent(folder, files.small) or _absent(folder, _weights(files, folder, listed, where))
+    if lost:
+        raise partial(lost[0])
     if not error.offline:
         _log.warning("the Hugging Face Hub cannot be reached (%s): %s is read from the cache", error, where)
-    return HubFolder(folder, folder.name, wanted)
+    return folder, files
 
 
 def _absent(folder: Path, names: Collection[str]) -> list[str]:
     return [n for n in names if not (folder / n).is_file()]
 
 
-def _listing(wanted: HubId, folder: Path) -> list[str]:
-    """The commit's files as the Hub listed them, where that was kept; else those that are in the cache."""
+def _listing(wanted: HubId, folder: Path) -> list[str] | None:
+    """The commit's files as the Hub listed them, where the cache kept that; else nobody knows what else there is."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -205,12 +218,12 @@ def _listing(wanted: HubId, folder: Path) -> list[str]:
         try:
             return [file.path for file in kept(wanted.repo, revision=folder.name)]
         except errors.CachedRepoTreeNotFoundError:
-            pass
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+            return None
+    return None
 
 
-def _download(wanted: HubId, names: Collection[str], files: Mapping[str, Any]) -> Path:
-    """Bring ``names`` into the cache; returns the folder of the commit."""
+def _download(wanted: HubId, names: Collection[str], files: Mapping[str, Any], commit: str) -> Path:
+    """Bring ``names`` into the cache; returns the folder of what is ``wanted``: of ``commit``, or of a newer one."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -232,7 +245,7 @@ def _download(wanted: HubId, names: Collection[str], files: Mapping[str, Any]) -
         if silenced:
             enable_progress_bars()
     lost = _absent(folder, names)
-    if lost and _COMMIT.fullmatch(wanted.revision or ""):
+    if lost and folder.name == commit:
         raise _broken_off(wanted, f"{lost[0]} did not arrive")
     return folder
 
