@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from devec.api.extract import hub_of, layout_of
+from devec.api.extract import layout_of
+from devec.api.sources import hub_of
 from devec.core.contracts import TensorInfo, TensorSource
 from devec.core.errors import IncompatibleError, InputError
 from devec.core.layout import Layout

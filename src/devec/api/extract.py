@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from devec.api.sources import hub_id
+from devec.api.sources import hub_id, place_of, public_name
 from devec.core.contracts import TensorSource
 from devec.core.delta import Delta, DenseDelta, LowRankDelta
 from devec.core.errors import IncompatibleError, InputError
@@ -17,7 +17,6 @@ from devec.core.results import Finding
 from devec.core.vectors import Origin, TaskVector
 from devec.io.artifact import Source, SourcedMap
 from devec.io.checkpoint import Checkpoint
-from devec.io.hub_id import HubFolder
 from devec.io.names import Selection, nearest
 from devec.linalg.lowrank import svd_of_dense, svd_of_product
 from devec.linalg.numerics import NonFiniteError
@@ -149,24 +148,6 @@ def _source(base: TensorSource, model: TensorSource) -> Source | None:
 def _on_disk(model: Checkpoint) -> bool:
     names = model.names()
     return bool(names) and Path(model.file_of(names[0])).is_file()
-
-
-def hub_of(source: TensorSource) -> HubFolder | None:
-    """The repository of the Hugging Face Hub that a model was read from, if it was."""
-    found: HubFolder | None = getattr(source, "hub", None)
-    return found
-
-
-def place_of(source: TensorSource) -> str:
-    """Where a model lies on this machine."""
-    hub = hub_of(source)
-    return source.reference if hub is None else str(hub.folder)
-
-
-def public_name(source: TensorSource) -> str:
-    """What adapters and model cards call a base: its repository without a revision, or its reference."""
-    hub = hub_of(source)
-    return source.reference if hub is None else hub.id.repo
 
 
 def fingerprint_of(source: TensorSource) -> str | None:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from devec.api.extract import hub_of, public_name, to_lora
+from devec.api.extract import to_lora
 from devec.api.output import Saving, edited, heads_from, save_model, save_vector
 from devec.api.references import ViewLike, existing, load_pool, open_model, parse
+from devec.api.sources import hub_of, public_name
 from devec.core.block import Block
 from devec.core.contracts import TensorInfo, TensorSource
 from devec.core.delta import Delta

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from devec.api.decompose import input_record, source_paths
 from devec.api.edit import Edited, check_finite
-from devec.api.extract import hub_of, place_of, public_name
+from devec.api.sources import hub_of, place_of, public_name
 from devec.core.contracts import TensorSource
 from devec.core.errors import DevecError, IncompatibleError, RefusedError, UsageError
 from devec.core.provenance import InputRecord, Provenance

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from devec.api.edit import edit
-from devec.api.extract import delta_of, hub_of, label_of
-from devec.api.sources import is_source, locate, places
+from devec.api.extract import delta_of, label_of
+from devec.api.sources import hub_of, is_source, locate, places
 from devec.core.contracts import TensorSource
 from devec.core.decomposition import Decomposition
 from devec.core.errors import IncompatibleError, UsageError

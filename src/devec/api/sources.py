@@ -5,6 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from pathlib import Path
 
+from devec.core.contracts import TensorSource
 from devec.core.errors import InputError
 from devec.io.dialect import WEIGHT_SUFFIXES
 from devec.io.hub import cached_folder, fetch
@@ -63,3 +64,21 @@ def places(path: str) -> list[Path]:
     wanted = hub_id(path)
     cached = None if wanted is None else cached_folder(wanted)
     return [] if cached is None else [cached]
+
+
+def hub_of(source: TensorSource) -> HubFolder | None:
+    """The repository of the Hugging Face Hub that a model was read from, if it was."""
+    found: HubFolder | None = getattr(source, "hub", None)
+    return found
+
+
+def place_of(source: TensorSource) -> str:
+    """Where a model lies on this machine."""
+    hub = hub_of(source)
+    return source.reference if hub is None else str(hub.folder)
+
+
+def public_name(source: TensorSource) -> str:
+    """What adapters and model cards call a base: its repository without a revision, or its reference."""
+    hub = hub_of(source)
+    return source.reference if hub is None else hub.id.repo
