@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import devec as library
-from devec.api.references import parse
+from devec.api.references import parse, pin
 from devec.api.sources import hub_id
 from devec.io import hub as devec_hub
 from fixtures_models import Models, Runner, deltas, refused, same, weights
@@ -223,6 +223,24 @@ def test_references_are_split(
         (work / folder).mkdir()
     found = parse(text)
     assert (found.name, found.base, found.path, found.part) == (name, base, path, part)
+
+
+def test_other_processes_can_be_given_the_same_commits(full: StandIn, work: Path, llama: Models) -> None:
+    first, la = library.load("org/la"), full.repos["org/la"]["main"]
+    under, base = library.open_model("org/base"), full.repos["org/base"]["main"]
+    for text, wanted in {
+        "org/la": f"hf://org/la@{la}",
+        "x=org/base+org/la": f"x=hf://org/base@{base}+hf://org/la@{la}",
+        f"{llama.base}+org/la": f"{llama.base}+hf://org/la@{la}",
+        "org/parts#shared:A+B": "org/parts#shared:A+B",
+        llama.la: llama.la,
+    }.items():
+        assert pin(text) == wanted and pin(pin(text)) == wanted
+    for repo in ("org/la", "org/base"):
+        full.commit(repo, {"README.md": b"gone"})
+    again()
+    second = library.load(f"hf://org/la@{la}")
+    assert second.name == first.name == "la" and library.open_model(f"hf://org/base@{base}").names() == under.names()
 
 
 # --- paths come first -------------------------------------------------------------------------------------------------

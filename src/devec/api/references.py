@@ -17,7 +17,7 @@ import torch
 
 from devec.api.edit import edit
 from devec.api.extract import delta_of, label_of
-from devec.api.sources import hub_of, is_source, locate, places
+from devec.api.sources import hub_of, is_source, locate, pinned, places
 from devec.core.contracts import TensorSource
 from devec.core.decomposition import Decomposition
 from devec.core.errors import IncompatibleError, UsageError
@@ -89,6 +89,18 @@ def named_paths(text: str) -> list[Path]:
     """The files and folders of a reference that exist: what an output may not replace or lie in."""
     ref = parse(text)
     return [found for p in (ref.path, ref.base) if p is not None for found in places(p)]
+
+
+def pin(text: str) -> str:
+    """The same reference with each id of the Hub at the commit that this process read it at.
+
+    For other processes that are to read the same, whatever happens to branches meanwhile.
+    """
+    ref = parse(text)
+    name = "" if ref.name is None else f"{ref.name}="
+    base = "" if ref.base is None else f"{pinned(ref.base)}+"
+    part = "" if ref.part is None else f"#{ref.part}"
+    return f"{name}{base}{pinned(ref.path)}{part}"
 
 
 def existing(path: str, text: str) -> Path:

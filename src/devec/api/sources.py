@@ -8,7 +8,7 @@ from pathlib import Path
 from devec.core.contracts import TensorSource
 from devec.core.errors import InputError
 from devec.io.dialect import WEIGHT_SUFFIXES
-from devec.io.hub import cached_folder, fetch
+from devec.io.hub import cached_folder, fetch, fetched
 from devec.io.hub_id import SCHEME, HubFolder, HubId
 
 
@@ -44,6 +44,13 @@ def locate(path: str, text: str, *, model: bool = False) -> tuple[Path, HubFolde
         hub = fetch(wanted, model=model)
         return hub.folder, hub
     raise _missing(path, text)
+
+
+def pinned(path: str) -> str:
+    """``path``, or the commit that a Hub id stood for when this process read it, so that others read the same."""
+    wanted = hub_id(path)
+    hub = None if wanted is None else fetched(wanted)
+    return path if hub is None else hub.pinned
 
 
 def _missing(path: str, text: str) -> InputError:

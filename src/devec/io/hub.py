@@ -58,6 +58,11 @@ def fetch(wanted: HubId, *, model: bool = False) -> HubFolder:
     return known
 
 
+def fetched(wanted: HubId) -> HubFolder | None:
+    """What this process fetched already under this id."""
+    return _fetched.get((wanted, True)) or _fetched.get((wanted, False))
+
+
 def cached_folder(wanted: HubId) -> Path | None:
     """Where the cache holds ``wanted``, complete or not, without a look at the network; ``None`` if it does not."""
     from huggingface_hub import snapshot_download
@@ -177,7 +182,8 @@ def _from_cache(wanted: HubId, model: bool, error: _Unreachable) -> tuple[Path, 
     folder = cached_folder(wanted)
     if folder is None:
         raise InputError(
-            f"there is no path {str(wanted)!r}, and none in the cache of the Hugging Face Hub, which cannot be asked",
+            f"there is no path {str(wanted)!r}, the Hugging Face Hub's cache has no such repository, and the Hub cannot be "
+            "asked",
             values={"reason": error}, remedy=remedy,
         )
     where = f"{wanted.repo}@{folder.name}"
