@@ -182,8 +182,8 @@ def _from_cache(wanted: HubId, model: bool, error: _Unreachable) -> tuple[Path, 
     folder = cached_folder(wanted)
     if folder is None:
         raise InputError(
-            f"there is no path {str(wanted)!r}, the Hugging Face Hub's cache has no such repository, and the Hub cannot be "
-            "asked",
+            f"there is no path {str(wanted)!r}, the cache of the Hugging Face Hub has no such repository, "
+            "and the Hub cannot be asked",
             values={"reason": error}, remedy=remedy,
         )
     where = f"{wanted.repo}@{folder.name}"
