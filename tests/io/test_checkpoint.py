@@ -201,13 +201,20 @@ def test_an_index_that_points_outside_its_folder(outside: str, tmp_path: Path) -
     refused(folder, RefusedError, "points outside its folder")
 
 
-def test_the_links_of_a_hub_cache_are_followed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_links_of_a_hub_cache_are_followed(shared: bool, tmp_path: Path) -> None:
+    """From the snapshot to the repository's blobs, and from there perhaps to those that all repositories share."""
     snapshot = sharded(tmp_path / "real")
     home = tmp_path / "models--org--name"
     (home / "blobs").mkdir(parents=True)
     (home / "snapshots" / "abc").mkdir(parents=True)
+    (tmp_path / "blobs" / "0a").mkdir(parents=True)
     for i, file in enumerate(sorted(snapshot.iterdir())):
-        file.rename(home / "blobs" / str(i))
+        if shared:
+            file.rename(tmp_path / "blobs" / "0a" / str(i))
+            (home / "blobs" / str(i)).symlink_to(f"../../blobs/0a/{i}")
+        else:
+            file.rename(home / "blobs" / str(i))
         (home / "snapshots" / "abc" / file.name).symlink_to(f"../../blobs/{i}")
     assert_state(open_checkpoint(home / "snapshots" / "abc"))
 

@@ -193,7 +193,7 @@ def save_decomposition(
     """
     _check_folder(out)
     summary = as_dict(d, findings)
-    kept = [*(p for v in d.pool for p in source_paths(v)), *(Path(p) for p in inputs if Path(p).exists())]
+    kept = [*(p for v in d.pool for p in source_paths(v)), *(found for p in inputs for found in named_paths(str(p)))]
     provenance = _provenance(d.factoring, d.view)(tuple(input_record(v) for v in d.pool))
     with OutputFolder(Path(out), overwrite=overwrite, inputs=kept) as folder:
         artifact.write_decomposition(folder.path, d, summary, _sources(d.pool))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from devec.api.extract import layout_of, widened_rows
+from devec.api.sources import hub_of
 from devec.core.contracts import TensorInfo, TensorSource
 from devec.core.delta import Delta, DenseDelta, LowRankDelta
 from devec.core.errors import IncompatibleError, InputError
@@ -18,6 +19,7 @@ from devec.core.layout import Layout
 from devec.core.lazy import LazyDelta, in_file, row_blocks
 from devec.core.vectors import TaskVector
 from devec.io.checkpoint import checkpoint_from_state_dict
+from devec.io.hub_id import HubFolder
 from devec.io.names import resolve_names
 from devec.io.rounding import cast
 
@@ -56,6 +58,10 @@ class Edited:
     @property
     def reference(self) -> str:
         return self.base.reference
+
+    @property
+    def hub(self) -> HubFolder | None:
+        return hub_of(self.base)
 
     @property
     def ties(self) -> Mapping[str, str]:

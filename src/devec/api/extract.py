@@ -11,6 +11,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from devec.api.sources import hub_id, place_of, public_name
 from devec.core.contracts import TensorSource
 from devec.core.delta import Delta, LowRankDelta
 from devec.core.errors import IncompatibleError, InputError
@@ -44,7 +45,10 @@ def extract(
 
 
 def label_of(path: str | Path) -> str:
-    """What a model is called where no name is given: its folder, or its file without the suffix."""
+    """What a model is called where no name is given: its repository, its folder, or its file without the suffix."""
+    hub = hub_id(str(path))
+    if hub is not None:
+        return hub.name
     place = Path(path).absolute()
     return place.name if place.is_dir() else place.stem
 
@@ -88,7 +92,7 @@ def delta_of(
         deltas=SourcedMap(names, make, lambda: _source(base, model)),
         layouts=layouts,
         origin=Origin(
-            reference=model.reference, file=model.reference, dialect="checkpoint", base_name=base.reference,
+            reference=model.reference, file=place_of(model), dialect="checkpoint", base_name=public_name(base),
             model=model, base=base,
         ),
         partial=False,
@@ -167,7 +171,7 @@ def _source(base: TensorSource, model: TensorSource) -> Source | None:
         return None  # an edited model is not what its file says
     if not (_on_disk(model) and _on_disk(base)):
         return None
-    here, there = (str(Path(m.reference).absolute()) for m in (model, base))
+    here, there = (str(Path(m.reference).absolute()) if m.hub is None else m.hub.pinned for m in (model, base))
     return Source(here, model.fingerprint(), there, base.fingerprint())
 
 

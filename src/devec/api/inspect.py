@@ -66,7 +66,7 @@ def _look(text: str, base: TensorSource | None, selection: Selection, details: b
     ref = parse(text)
     path = existing(ref.path, ref.text)
     kind = artifact_kind(path) if path.is_dir() else None
-    name = ref.name or label_of(path)
+    name = ref.name or label_of(ref.path)
     if kind == "decomposition" and ref.part is None:
         d = load_decomposition(path)
         return _Look(

@@ -14,6 +14,7 @@ from torch import Tensor
 from devec.api.extract import to_lora
 from devec.api.output import Saving, edited, heads_from, save_model, save_vector
 from devec.api.references import ViewLike, existing, load_pool, open_model, parse
+from devec.api.sources import hub_of, public_name
 from devec.core.block import Block
 from devec.core.contracts import TensorInfo, TensorSource
 from devec.core.delta import Delta
@@ -23,6 +24,7 @@ from devec.core.results import Finding
 from devec.core.vectors import LazyMap, Pool, TaskVector, cost_of
 from devec.io.adapters import is_adapter
 from devec.io.artifact import artifact_kind
+from devec.io.hub_id import HubFolder
 from devec.io.model_folder import WrittenModel
 from devec.io.names import Selection
 from devec.methods import registry
@@ -42,6 +44,10 @@ class ZeroBase:
     @property
     def reference(self) -> str:
         return self.like.reference
+
+    @property
+    def hub(self) -> HubFolder | None:
+        return hub_of(self.like)
 
     @property
     def ties(self) -> Mapping[str, str]:
@@ -235,7 +241,7 @@ def save_merged(
     vector, errors = merged.vector, dict[str, float]()
     if merged.base is not None and not compression.asked:
         model = edited(merged.base, [(1.0, vector)], saving, kept)
-        names = [] if merged.reference_base is None else [merged.base.reference]
+        names = [] if merged.reference_base is None else [public_name(merged.base)]
         try:
             return save_model(model, out, saving, names or [v.origin.reference for v in merged.pool]), errors
         except InputError as error:

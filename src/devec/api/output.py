@@ -15,6 +15,7 @@ from devec.api.edit import Edited, check_finite
 from devec.api.jobs import Job
 from devec.api.records import input_record, source_paths
 from devec.api.run import Engine, Filling
+from devec.api.sources import hub_of, place_of, public_name
 from devec.core.contracts import TensorSource
 from devec.core.errors import DevecError, IncompatibleError, RefusedError, UsageError
 from devec.core.provenance import InputRecord, Provenance
@@ -58,7 +59,9 @@ class Saving:
 
     def provenance(self, *, hashes: bool = True) -> Provenance:
         """What the output says of itself; hashes of inputs are those of what was read, and read what was not."""
-        records = [] if self.base is None else [base_record(self.base, hashes)]
+        records: list[InputRecord] = []
+        if self.base is not None:
+            records = [base_record(self.base, hashes), *(input_record(v, hashes) for v in _added_to(self.base))]
         return Provenance(
             command=self.command,
             parameters=self.parameters,
@@ -79,20 +82,29 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def base_record(base: TensorSource, hashes: bool = True) -> InputRecord:
-    exists = Path(base.reference).exists()
-    digest = base.fingerprint() if hashes and hasattr(base, "fingerprint") else None
+    hub = hub_of(base)
+    exists = hub is None and Path(base.reference).exists()
+    stored = base
+    while isinstance(stored, Edited):  # what is added to it has a record of its own
+        stored = stored.base
+    digest = stored.fingerprint() if hashes and hasattr(stored, "fingerprint") else None
     return InputRecord(
-        reference=base.reference, path=base.reference if exists else None, sha256=digest, kind="base"
+        reference=base.reference, path=base.reference if exists else None, sha256=digest, kind="base",
+        revision=None if hub is None else hub.commit,
     )
 
 
 def _places(base: TensorSource) -> list[Path]:
     """Where a base lies; of ``BASE+ADAPTER``, the adapter too."""
-    found = [Path(base.reference)] if Path(base.reference).exists() else []
-    if isinstance(base, Edited):
-        vectors = {id(vector): vector for terms in base.terms.values() for _, vector, *_ in terms}
-        found += [p for vector in vectors.values() for p in source_paths(vector)]
-    return found
+    found = [Path(place_of(base))] if Path(place_of(base)).exists() else []
+    return found + [p for vector in _added_to(base) for p in source_paths(vector)]
+
+
+def _added_to(base: TensorSource) -> list[TaskVector]:
+    """Of ``BASE+ADAPTER``, the adapter."""
+    if not isinstance(base, Edited):
+        return []
+    return list({id(vector): vector for terms in base.terms.values() for _, vector, *_ in terms}.values())
 
 
 def save_model(model: TensorSource, out: str | Path, saving: Saving, base_models: Sequence[str] = ()) -> WrittenModel:
@@ -110,7 +122,7 @@ def save_model(model: TensorSource, out: str | Path, saving: Saving, base_models
             out_dtype=saving.out_dtype,
             overwrite=saving.overwrite,
             strict=saving.strict,
-            base_models=list(base_models) or [model.reference],
+            base_models=list(base_models) or [public_name(model)],
             summary=saving.summary,
             card_text=saving.card_text,
             inputs=saving.kept,

@@ -19,7 +19,8 @@ def input_record(v: TaskVector, hashes: bool = True) -> InputRecord:
     named = source_paths(v)
     if named and named[0].is_dir() and artifact.artifact_kind(named[0]):
         files = [n for n in artifact.FILES if hashes and (named[0] / n).is_file()]
-        return InputRecord(reference, str(named[0]), {n: sha256_of(named[0] / n) for n in files} or None, "artifact")
+        hashes_of = {n: sha256_of(named[0] / n) for n in files} or None
+        return InputRecord(reference, str(named[0]), hashes_of, "artifact", v.origin.revision)
     path = Path(v.origin.file) if v.origin.file else None
     digest: str | None = None
     if hashes and path is not None and v.origin.dialect == "checkpoint" and path.exists():
@@ -27,7 +28,9 @@ def input_record(v: TaskVector, hashes: bool = True) -> InputRecord:
         digest = model.fingerprint()
     elif hashes and path is not None and path.is_file():
         digest = sha256_of(path)
-    return InputRecord(reference, None if path is None else str(path), digest, v.origin.dialect)
+    if path is not None and v.origin.revision is not None and v.origin.revision.endswith(path.name):
+        path = None  # the Hub's cache names a folder by its commit, which the record has already
+    return InputRecord(reference, None if path is None else str(path), digest, v.origin.dialect, v.origin.revision)
 
 
 def source_paths(v: TaskVector) -> list[Path]:

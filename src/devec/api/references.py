@@ -1,7 +1,7 @@
 """References to weights: what a user may type where a model or a vector is wanted.
 
-``PATH`` · ``BASE+ADAPTER`` (adapter applied to a base) · ``ARTIFACT#part`` · ``name=REFERENCE``. In Python a state dict
-or a module stands for a checkpoint.
+``PATH`` · ``org/name[@revision]`` (the Hugging Face Hub) · ``BASE+ADAPTER`` (adapter applied to a base) ·
+``ARTIFACT#part`` · ``name=REFERENCE``. In Python a state dict or a module stands for a checkpoint.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 
 from devec.api.edit import edit
 from devec.api.extract import delta_of, label_of
+from devec.api.sources import hub_of, is_source, locate, pinned, places
 from devec.core.contracts import TensorSource
 from devec.core.decomposition import Decomposition
-from devec.core.errors import IncompatibleError, InputError, UsageError
+from devec.core.errors import IncompatibleError, UsageError
 from devec.core.options import View
 from devec.core.results import Finding
 from devec.core.vectors import LazyMap, Pool, TaskVector, cost_of
@@ -31,6 +32,7 @@ from devec.io.checkpoint import (
     checkpoint_from_state_dict,
     open_checkpoint,
 )
+from devec.io.hub_id import HubFolder
 from devec.io.names import Selection, resolve_names
 
 ModelLike = Any
@@ -77,7 +79,7 @@ def parse(text: str) -> Reference:
         return Reference(text, name, path, part=part or None)
     for at in [m.start() for m in re.finditer(r"\+", path)]:
         left, right = path[:at], path[at + 1 :]
-        if Path(left).exists() and Path(right).exists():
+        if is_source(left) and is_source(right):
             return Reference(text, name, right, base=left, part=part or None)
     left, _, right = path.partition("+")
     return Reference(text, name, right, base=left, part=part or None)
@@ -86,23 +88,24 @@ def parse(text: str) -> Reference:
 def named_paths(text: str) -> list[Path]:
     """The files and folders of a reference that exist: what an output may not replace or lie in."""
     ref = parse(text)
-    return [Path(p) for p in (ref.path, ref.base) if p is not None and Path(p).exists()]
+    return [found for p in (ref.path, ref.base) if p is not None for found in places(p)]
+
+
+def pin(text: str) -> str:
+    """The same reference with each id of the Hub at the commit that this process read it at.
+
+    For other processes that are to read the same, whatever happens to branches meanwhile.
+    """
+    ref = parse(text)
+    name = "" if ref.name is None else f"{ref.name}="
+    base = "" if ref.base is None else f"{pinned(ref.base)}+"
+    part = "" if ref.part is None else f"#{ref.part}"
+    return f"{name}{base}{pinned(ref.path)}{part}"
 
 
 def existing(path: str, text: str) -> Path:
-    """The path, or an error with the nearest names that do exist."""
-    from difflib import get_close_matches
-
-    found = Path(path)
-    if found.exists():
-        return found
-    near: list[str] = []
-    if found.parent.is_dir():
-        near = get_close_matches(found.name, [p.name for p in found.parent.iterdir()], n=3, cutoff=0.5)
-    hint = f"Did you mean {', '.join(str(found.parent / n) for n in near)}?" if near else "Check the path."
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", path) and not near:
-        hint = "Check the path; ids of the Hugging Face Hub are not read by this version: download the model first."
-    raise InputError(f"there is no {text!r}", remedy=hint)
+    """The path, or an error with the nearest names that do exist (see ``sources.locate``)."""
+    return locate(path, text)[0]
 
 
 def open_model(model: ModelLike) -> TensorSource:
@@ -115,10 +118,10 @@ def open_model(model: ModelLike) -> TensorSource:
             base = open_model(ref.base)
             adapter = load_vector(ref.path, base=base)
             return edit(base, [(1.0, adapter)])
-        path = existing(ref.path, ref.text)
+        path, hub = locate(ref.path, ref.text, model=True)
         if path.is_dir() and artifact.artifact_kind(path):
             raise UsageError("an artifact is no model", file=path, remedy="Use devec apply with --base.")
-        return open_checkpoint(path)
+        return open_checkpoint(path, hub)
     if isinstance(model, torch.nn.Module):
         return checkpoint_from_module(model)
     if isinstance(model, Mapping):
@@ -146,22 +149,24 @@ def load_vector(
 
 def read_vector(text: str, reading: Reading, name: str | None = None) -> tuple[TaskVector, list[Finding]]:
     ref = parse(text)
-    path = existing(ref.path, ref.text)
-    label = name or ref.name
+    path, hub = locate(ref.path, ref.text)
+    label = name or ref.name or (hub.id.name if hub is not None and ref.part is None else None)
     kind = artifact.artifact_kind(path) if path.is_dir() else None
+    revision = None if hub is None else hub.commit
     notes: list[Finding] = []
     if ref.part is not None or kind is not None:
-        vector = _from_artifact(ref, path, kind, reading)
+        vector = _from_artifact(ref, path, hub, kind, reading)
     elif ref.base is not None:
         under = open_model(ref.base)
         model = edit(under, [(1.0, read_adapter(path, base=_as_checkpoint(under), dtype=reading.dtype))])
         vector, notes = _checkpoint_vector(model, path, reading)
         # No file holds this model, so a decomposition embeds its deltas instead of referring to one.
         vector = replace(vector, origin=replace(vector.origin, dialect="edited", file=str(path)))
+        revision = "+".join(f"{one.id.repo}@{one.commit}" for one in (hub_of(under), hub) if one is not None) or None
     elif is_adapter(path):
         vector = read_adapter(path, base=_as_checkpoint(reading.base), dtype=reading.dtype)
     else:
-        vector, notes = _checkpoint_vector(open_checkpoint(path), path, reading)
+        vector, notes = _checkpoint_vector(open_checkpoint(path, hub), path, reading)
     every = len(vector.deltas)
     vector = select(vector, reading.selection)
     if every and not vector.deltas:
@@ -171,7 +176,7 @@ def read_vector(text: str, reading: Reading, name: str | None = None) -> tuple[T
         )
     if label is not None:
         vector = vector.named(label)
-    return replace(vector, origin=replace(vector.origin, reference=ref.text)), notes
+    return replace(vector, origin=replace(vector.origin, reference=ref.text, revision=revision)), notes
 
 
 def _as_checkpoint(base: TensorSource | None) -> Checkpoint | None:
@@ -187,7 +192,9 @@ def _checkpoint_vector(model: TensorSource, path: Path, reading: Reading) -> tup
     return delta_of(reading.base, model, name=label_of(path), selection=reading.selection, dtype=reading.dtype)
 
 
-def _from_artifact(ref: Reference, path: Path, kind: str | None, reading: Reading) -> TaskVector:
+def _from_artifact(
+    ref: Reference, path: Path, hub: HubFolder | None, kind: str | None, reading: Reading
+) -> TaskVector:
     if kind is None:
         raise UsageError(
             f"{ref.text!r} asks for a part, but this is not a decomposition", file=path,
@@ -196,12 +203,13 @@ def _from_artifact(ref: Reference, path: Path, kind: str | None, reading: Readin
     if kind == "task-vector":
         if ref.part is not None:
             raise UsageError("a task vector has no parts", file=path, remedy="Leave out #" + ref.part + ".")
-        return artifact.read_task_vector(path, reading.dtype).named(label_of(path))
+        pinned = None if hub is None else hub.pinned
+        return artifact.read_task_vector(path, reading.dtype, pinned).named(label_of(path))
     if ref.part is None:
         raise UsageError(
             "a decomposition holds several parts", file=path, remedy="Name one: #unique:A, #shared:A+B, #original:A."
         )
-    part = load_decomposition(path, view=reading.view).part(ref.part)
+    part = load_decomposition(ref.path, view=reading.view).part(ref.part)
     # A part is no longer what its input's file says.
     dialect = "artifact" if part.origin.dialect == "checkpoint" else part.origin.dialect
     return replace(part, origin=replace(part.origin, dialect=dialect))
@@ -234,7 +242,7 @@ def _reopen(bases: dict[str, Checkpoint], name: str, source: artifact.Source, dt
 
 
 def _unchanged(path: str, sha256: str, what: str) -> Checkpoint:
-    model = open_checkpoint(existing(path, path))
+    model = open_checkpoint(*locate(path, path, model=True))
     _check_same(model.fingerprint(), sha256, what, path)
     return model
 

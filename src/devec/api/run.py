@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from devec.api.jobs import Job, checkpoints_of, working_bytes, write_tensor, write_tensor_elsewhere
+from devec.api.references import pin
 from devec.core.contracts import TensorSource
 from devec.core.errors import RefusedError, UsageError
 from devec.core.provenance import Provenance, plain
@@ -163,13 +164,23 @@ def read_ahead(model: TensorSource, name: str) -> tuple[tuple[int, int, int], ..
 
 
 def portable(job: Job | None) -> Job:
-    """The job, or an error where the inputs are tensors in memory."""
+    """The job with ids of the Hub at the commits that this process read, or an error where there is none."""
     if job is None:
         raise UsageError(
             "this cannot be made from files alone in other processes",
             remedy="Decompose to a folder first and apply its parts, or leave out --executor.",
         )
-    return job
+    return replace(job, arguments={k: _pinned(v) if k in REFERENCES else v for k, v in job.arguments.items()})
+
+
+REFERENCES = frozenset({"base", "sources", "terms", "references"})
+"""Arguments of a job that hold references, alone or in lists."""
+
+
+def _pinned(value: Any) -> Any:
+    if isinstance(value, str):
+        return pin(value)
+    return type(value)(map(_pinned, value)) if isinstance(value, (list, tuple)) else value
 
 
 def cluster(engine: Engine) -> Cluster:

@@ -82,6 +82,7 @@ def compare(
     from devec.core.summary import all_findings, as_dict
     from devec.io.names import Selection
 
+    options.download(base, sources)
     with show.progress("compare", how) as advance:
         d, result = run(
             sources, base=base, selection=Selection(o["include"], o["exclude"]), engine=options.engine_of(o),

@@ -86,7 +86,7 @@ class LazyGroup(click.Group):
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="References: PATH, BASE+ADAPTER, ARTIFACT#part, name=REFERENCE. See docs/commands.md.",
+    epilog="References: PATH, org/name[@revision], BASE+ADAPTER, ARTIFACT#part, name=REFERENCE. See docs/commands.md.",
 )
 @click.version_option(__version__, prog_name="devec")
 def cli() -> None:

@@ -204,6 +204,7 @@ def negate(
     )
     if base is None:
         saving.engine.alone("an adapter")
+    options.download(base, [target, *pool])
     with show.progress("negate", how) as advance:
         negated = run(target, pool, base=base, part=part, coefficient=coefficient, selection=selection,  # type: ignore[arg-type]
                       progress=advance, engine=saving.engine, **choices)
@@ -260,6 +261,7 @@ def mix(
     options.check_place(output, o["overwrite"], adapters)
     compression = Compression(o["rank"], o["energy"], o["error"])
     choices = {**options.fixed(o), **options.read_time(o)}
+    options.download(None, adapters)
     saving = saving_of(
         "mix", o,
         {"adapters": list(adapters), "part": part, "weights": weights, "rank": o["rank"], "energy": o["energy"],

@@ -88,13 +88,24 @@ def _all(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return add
 
 
+def _and_downloads(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
+    """Bars of downloads are shown where the command's own are: on a terminal, and not with --quiet."""
+    import sys
+
+    from devec.io import hub
+
+    hub.bars = not quiet and sys.stderr.isatty()
+    return quiet
+
+
 def printing() -> Callable[[F], F]:
     """--json, -q, -v: what is printed."""
     return _all(
         click.option("--json", "as_json", is_flag=True, help="Results as JSON on stdout, and nothing else there."),
-        click.option("-q", "--quiet", is_flag=True, help="No progress, no tables; warnings and errors only."),
+        click.option("-q", "--quiet", is_flag=True, callback=_and_downloads,
+                     help="No progress, no tables; warnings and errors only."),
         click.option("-v", "--verbose", is_flag=True, help="One row per tensor."),
-    )
+    )  # fmt: skip
 
 
 def selecting() -> Callable[[F], F]:
@@ -269,6 +280,20 @@ def check_place(output: str, overwrite: bool, references: Iterable[str | None]) 
 
     inputs = [path for text in references if text is not None for path in named_paths(text)]
     check_output(Path(output), overwrite=overwrite, inputs=inputs)
+
+
+def download(base: str | None, references: Iterable[str]) -> None:
+    """Fetch what lies on the Hugging Face Hub now: downloads and the command's own progress are not shown at once."""
+    from devec.api.references import parse
+    from devec.api.sources import hub_id
+    from devec.io.hub import fetch
+
+    parsed = [parse(text) for text in references]
+    models = [path for path in (base, *(ref.base for ref in parsed)) if path is not None]
+    for path, model in [*((m, True) for m in models), *((ref.path, False) for ref in parsed)]:
+        wanted = hub_id(path)
+        if wanted is not None:
+            fetch(wanted, model=model)
 
 
 def fixed(values: dict[str, Any]) -> dict[str, Any]:

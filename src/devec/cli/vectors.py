@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import click
@@ -192,6 +191,7 @@ def wrote_shard(output: str | None, shard: Any, how: Printing) -> None:
 def join(output: str, as_json: bool, quiet: bool, verbose: bool) -> int:
     """Finish OUT once every --shard-of I/N of its command has written its part: check hashes, assemble, rename."""
     import os
+    from pathlib import Path
 
     from devec.cli.main import run as run_command
     from devec.core.errors import InputError
@@ -233,7 +233,7 @@ def export(part: str, base: str | None, output: str, as_json: bool, quiet: bool,
     how = Printing(as_json, quiet, verbose)
     from devec.api.export import export as run
     from devec.api.jobs import Job
-    from devec.api.references import load_vector, parse
+    from devec.api.references import existing, load_vector, parse
     from devec.core.errors import UsageError
     from devec.io.artifact import decomposed_side
 
@@ -241,7 +241,7 @@ def export(part: str, base: str | None, output: str, as_json: bool, quiet: bool,
         raise UsageError(f"{part!r} names no part", remedy="Write ARTIFACT#unique:NAME, #shared:NAME or #shared:A+B.")
     options.check_place(output, o["overwrite"], [base, part])
     vector = load_vector(part, base=base, view=options.read_view(o, [part]))
-    if vector.is_low_rank() and decomposed_side(Path(parse(part).path)) == "both":
+    if vector.is_low_rank() and decomposed_side(existing(parse(part).path, part)) == "both":
         show.note(show.BOTH_SIDES, how)
     if o["dry_run"]:
         return dry(output, how, part=vector.name, tensors=len(vector.deltas))

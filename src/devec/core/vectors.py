@@ -56,6 +56,7 @@ class Origin:
     """Where a task vector came from, for errors, cards and provenance."""
 
     reference: str = "memory"  # what the user typed, or "memory"
+    revision: str | None = None  # the commit that a reference to the Hugging Face Hub was resolved to
     file: str | None = None  # the weight file
     dialect: str = "memory"  # "peft" | "diffusers" | "checkpoint" | "artifact" | "memory"
     base_name: str | None = None  # what the adapter says its base is

@@ -27,6 +27,7 @@ from devec.core.results import Finding, LazyFactors, TensorFactors
 from devec.core.split import RowSplit, split_rows
 from devec.core.vectors import LazyMap, Origin, Pool, TaskVector
 from devec.io.disk import sha256_of, write_file
+from devec.io.hub_id import SCHEME
 from devec.io.parts import factors_from, layout_in, layout_out, row_of, tensors_of
 from devec.io.rounding import cast
 from devec.io.safetensors_file import SafetensorsFile
@@ -44,6 +45,7 @@ class Source:
     """How to find a dense vector again, with the hashes that its files had.
 
     ``model`` is a checkpoint, and the vector its difference from ``base``; or (``base`` empty) a saved task vector.
+    Each is a path, or a commit on the Hugging Face Hub (``hf://org/name@commit``).
     """
 
     model: str
@@ -119,19 +121,28 @@ def write_json(path: Path, value: object) -> None:
 
 
 def _relative(path: str, folder: Path) -> str:
+    if path.startswith(SCHEME):
+        return path
     return Path(os.path.relpath(os.path.realpath(path), os.path.realpath(folder))).as_posix() if path else ""
 
 
 def _absolute(path: str, folder: Path) -> str:
+    if path.startswith(SCHEME):
+        return path
     return os.path.normpath(Path(os.path.realpath(folder)) / path) if path else ""
 
 
 def _origin_out(origin: Origin, source: Source | None = None) -> dict[str, Any]:
     shown = replace(origin, base_fingerprint=origin.base_hash(), model=None, base=None, others=())
-    plain = {**asdict(shown), "config": dict(origin.config)}
+    plain = asdict(shown if source is None else _from_source(shown, source))
     for open_source in ("model", "base", "others"):
         del plain[open_source]
-    return plain if source is None else {**plain, "file": source.model, "base_name": source.base or None}
+    return {**plain, "config": dict(origin.config)}
+
+
+def _from_source(origin: Origin, source: Source) -> Origin:
+    base = origin.base_name if source.base.startswith(SCHEME) else source.base or None
+    return replace(origin, file=source.model, base_name=base)
 
 
 # --- decompositions ------------------------------------------------------------------------------------------------
@@ -275,7 +286,7 @@ def _reopened(folder: Path, row: Mapping[str, Any], reopen: Reopen, dtype: torch
     """A dense vector whose file is opened (and checked) only when one of its deltas is asked for."""
     opened: list[TaskVector] = []
     source = Source(**row["source"]).found_from(folder)
-    origin = replace(Origin(**row["origin"]), file=source.model, base_name=source.base or None)
+    origin = _from_source(Origin(**row["origin"]), source)
 
     def vector() -> TaskVector:
         if not opened:
@@ -337,7 +348,8 @@ def delta_hash(folder: Path) -> str:
     return sha256_of(folder / DELTAS)
 
 
-def read_task_vector(folder: Path, dtype: torch.dtype = torch.float32) -> TaskVector:
+def read_task_vector(folder: Path, dtype: torch.dtype = torch.float32, pinned: str | None = None) -> TaskVector:
+    """The vector that :func:`write_task_vector` wrote; ``pinned`` is where others find the folder, if on the Hub."""
     manifest = _read_json(folder / MANIFEST)
     if manifest.get("kind") != "task-vector" or manifest.get("schema") != SCHEMA:
         raise InputError("not a task vector that this version reads", file=folder / MANIFEST)
@@ -368,7 +380,7 @@ def read_task_vector(folder: Path, dtype: torch.dtype = torch.float32) -> TaskVe
 
     return TaskVector(
         name=name,
-        deltas=SourcedMap(list(layouts), make, lambda: Source(str(folder.absolute()), delta_hash(folder))),
+        deltas=SourcedMap(list(layouts), make, lambda: Source(pinned or str(folder.absolute()), delta_hash(folder))),
         layouts=layouts,
         # no longer the checkpoint that it was taken from: its file is a difference already
         origin=replace(origin, file=str(folder / DELTAS), dialect="artifact"),

@@ -10,6 +10,7 @@ from pathlib import PurePath, PureWindowsPath
 from typing import Literal
 
 from devec.core.provenance import Provenance, plain
+from devec.io.hub_id import SCHEME, HubId
 from devec.io.records import dump_yaml
 
 Relation = Literal["merge", "adapter", "finetune"]
@@ -30,7 +31,7 @@ def model_card(
     ``base_models`` are hub names, or paths of which the last part is kept; ``text`` is an optional paragraph of the
     caller's, e.g. measured facts.
     """
-    names = list(dict.fromkeys(public_name(name) for name in base_models))
+    names = list(dict.fromkeys(model for name in base_models for model in _models_of(name)))
     front: dict[str, object] = {
         "base_model": names,
         "base_model_relation": relation,
@@ -69,10 +70,16 @@ def public_name(reference: str) -> str:
     for mark in ("=", "+"):
         if mark in reference:
             return mark.join(public_name(part) for part in reference.split(mark))
-    place, mark, part = reference.partition("#")
-    if _is_path(place):
+    place, mark, part = reference.removeprefix(SCHEME).partition("#")
+    if HubId.parse(place) is None and _is_path(place):
         place = PurePath(PureWindowsPath(place).as_posix()).name.strip("~.") or "local"
     return place + mark + part
+
+
+def _models_of(reference: str) -> list[str]:
+    """The models of a reference as ``base_model`` names them: with neither ``name=`` nor a revision nor a part."""
+    models = public_name(reference.partition("=")[2] or reference).split("+")
+    return [hub.repo if (hub := HubId.parse(model)) is not None else model.partition("#")[0] for model in models]
 
 
 def _is_path(text: str) -> bool:

@@ -23,6 +23,7 @@ from devec.io.dialect import (
     open_file,
 )
 from devec.io.digests import TensorDigests
+from devec.io.hub_id import HubFolder
 from devec.io.quantised import refuse_quantised
 from devec.io.shard_index import open_shards, read_json
 
@@ -37,7 +38,8 @@ class Checkpoint:
     """Named tensors of one model, read one at a time; implements ``core.contracts.TensorSource``.
 
     ``names`` lists each stored tensor once, in file-offset order. A tied name (another name for the same storage) is in
-    ``ties`` instead, and ``get``, ``info`` and ``in`` accept it.
+    ``ties`` instead, and ``get``, ``info`` and ``in`` accept it. ``reference`` is the path that it was opened at, or
+    an id of the Hugging Face Hub; then ``hub`` says which commit of it lies where.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Checkpoint:
         conv1d: frozenset[str] = frozenset(),
     ) -> None:
         self.reference = reference
+        self.hub: HubFolder | None = None
         self.config = config
         self.folder = folder
         self._parts = dict(parts)
@@ -164,19 +167,24 @@ class _Memory:
         """Nothing to close."""
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, hub: HubFolder | None = None) -> Checkpoint:
     """Open a weight file of any kind, or a Hugging Face folder (one file, or shards with their index).
+
+    ``hub`` tells of a folder of the Hub's cache which repository it is.
 
     Raises InputError (exit 3) for anything missing or broken, RefusedError (exit 5) for a quantised model, an unsafe
     pickle or an index that points outside its folder, UsageError (exit 2) for an adapter.
     """
     path = Path(path)
     if path.is_dir():
-        return _open_folder(path)
+        found = _open_folder(path)
+        if hub is not None:
+            found.reference, found.hub = hub.reference, hub
+        return found
     file = open_file(path)
     if dialect_of(file.names()) is not None:
         file.close()
-        raise _adapter_given(path)
+        raise adapter_given(path)
     # a file of a model folder is read with that folder's configuration, which says what is stored transposed
     customary = path.name in WHOLE_FILES or re.fullmatch(r"(model|pytorch_model)-\d+-of-\d+\.\w+", path.name)
     config = _config(path.parent) if customary else None
@@ -224,7 +232,8 @@ def _from_memory(
     return Checkpoint(reference, parts, ties=ties, config=config, conv1d=conv1d)
 
 
-def _adapter_given(path: Path) -> UsageError:
+def adapter_given(path: str | Path) -> UsageError:
+    """The error for an adapter where a model is wanted."""
     return UsageError(
         "this is an adapter, where a whole checkpoint belongs",
         file=path,
@@ -248,7 +257,7 @@ def _open_folder(folder: Path) -> Checkpoint:
             parts, ties = open_shards(folder, folder / index)
             return Checkpoint(str(folder), parts, ties=ties, config=_config(folder), folder=folder)
     if (folder / CONFIG_FILE).is_file() or any((folder / name).is_file() for name in ADAPTER_FILES):
-        raise _adapter_given(folder)
+        raise adapter_given(folder)
     raise _nothing_in(folder)
 
 

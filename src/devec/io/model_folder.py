@@ -6,7 +6,8 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 import torch
@@ -268,15 +269,26 @@ def _with_dtype(config: Mapping[str, object], name: str) -> dict[str, object]:
     return edited
 
 
+def is_companion(name: str) -> bool:
+    """Whether the file ``name`` of a model's folder or repository (with ``/`` between folders) is one of COMPANIONS."""
+    path = PurePosixPath(name)
+    if path.suffix not in _COMPANION_SUFFIXES or name.endswith(".index.json"):
+        return False
+    patterns = (PurePosixPath(pattern).parts for pattern in COMPANIONS)
+    return any(
+        len(parts) == len(path.parts) and all(map(fnmatchcase, path.parts, parts)) for parts in patterns
+    )
+
+
 def _copy_companions(folder: Path, base: Path | None) -> list[str]:
     """Copy tokenizer, chat template and the like; returns what failed."""
     if base is None:
         return []
-    found = {p for pattern in COMPANIONS for p in base.glob(pattern) if p.suffix in _COMPANION_SUFFIXES}
+    found = {p for pattern in COMPANIONS for p in base.glob(pattern) if is_companion(p.relative_to(base).as_posix())}
     failed: list[str] = []
     for path in sorted(found):
         target = folder / path.relative_to(base)
-        if target.name.endswith(".index.json") or path.is_dir():
+        if path.is_dir():
             continue
 
         def copy(path: Path = path, target: Path = target) -> None:

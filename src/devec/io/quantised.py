@@ -36,10 +36,7 @@ class _Named(Protocol):
 
 def refuse_quantised(source: _Named, reference: str) -> None:
     """Raises RefusedError (exit 5) for a quantised checkpoint, naming the kind and a tensor that shows it."""
-    declared = (source.config or {}).get("quantization_config")
-    if declared:
-        method = declared.get("quant_method") if isinstance(declared, Mapping) else None
-        raise _refusal(str(method or "an unnamed method"), "quantization_config in config.json", None, reference)
+    refuse_declared(source.config or {}, reference)
     for name in source.names():
         for kind, pattern in _BY_NAME:
             if pattern.search(name):
@@ -50,6 +47,14 @@ def refuse_quantised(source: _Named, reference: str) -> None:
         if info.dtype in (torch.uint8, torch.int8) and len(info.shape) >= 2 and _PACKED.search(name):
             kind = "packed integers (bitsandbytes or MXFP4?)"
             raise _refusal(kind, f"dtype {info.dtype}", name, source.file_of(name))
+
+
+def refuse_declared(config: Mapping[str, Any], reference: str) -> None:
+    """The same for what a configuration says of itself, before any weights are there."""
+    declared = config.get("quantization_config")
+    if declared:
+        method = declared.get("quant_method") if isinstance(declared, Mapping) else None
+        raise _refusal(str(method or "an unnamed method"), "quantization_config in config.json", None, reference)
 
 
 def _refusal(kind: str, evidence: str, tensor: str | None, file: str) -> RefusedError:

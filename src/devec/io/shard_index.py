@@ -25,15 +25,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def weight_map(index: Path) -> dict[str, str]:
+    """tensor name -> file name, as an index says. Raises InputError (exit 3) for an index that does not say it."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
+        raise InputError("the index has no weight_map from tensor names to files", file=index)
+    return where
+
+
 def open_shards(folder: Path, index: Path) -> tuple[dict[str, TensorFile], dict[str, str]]:
     """The reader of each tensor that an index lists, in the order of the shards, and the shards' ties.
 
     Raises InputError (exit 3) when index and shards disagree or a shard is missing, RefusedError (exit 5) when the
     index points outside its folder.
     """
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
-        raise InputError("the index has no weight_map from tensor names to files", file=index)
+    where = weight_map(index)
     shards: dict[str, TensorFile] = {}
     parts: dict[str, TensorFile] = {}
     ties: dict[str, str] = {}
@@ -83,8 +89,16 @@ def _inside(folder: Path, shard: str, index: Path) -> Path:
 
 
 def _in_hub_cache(target: Path, home: Path) -> bool:
-    """``models--x/snapshots/<sha>/file`` links to ``models--x/blobs/<hash>``: the one link outside that is ordinary."""
-    return home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
+    """The two links outside that are ordinary, from ``CACHE/models--x/snapshots/<sha>/file``.
+
+    They lead to ``CACHE/models--x/blobs/<hash>``, and from there perhaps on to ``CACHE/blobs/<two digits>/<hash>``,
+    which all repositories share.
+    """
+    repository = home.parent.parent
+    shared = repository.parent / "blobs"
+    return home.parent.name == "snapshots" and (
+        target.parent == repository / "blobs" or target.parent.parent == shared
+    )
 
 
 def _escapes(shard: str, index: Path) -> RefusedError:
