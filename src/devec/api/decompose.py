@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from devec.api.gpu import factored_in_batches
 from devec.api.references import load_pool, named_paths, open_model, widened
 from devec.core.decomposition import Decomposition
 from devec.core.errors import IncompatibleError, UsageError
@@ -127,14 +128,23 @@ def factorise(
             remedy="1-D parameters are decomposed with --one-d only; check --include and --exclude.",
         )
 
-    def job(name: str) -> TensorFactors:
-        factors = shared_unique(pool.block(name).on(device), factoring).on(torch.device("cpu"))
-        # As a file holds them, strides and all: parts read from disk are then the same to the last bit.
-        rows = {i: replace(s, U=_row_major(s.U), V=_row_major(s.V)) for i, s in factors.svd.items()}
-        return replace(factors, svd=rows)
+    if device.type != "cpu":
+        found: dict[str, TensorFactors] = {}
+        for factors in factored_in_batches(pool, names, factoring, device, workers=workers):
+            found[factors.name] = _as_stored(factors)
+            progress(len(found), len(names), factors.name)
+        return {name: found[name] for name in names}
 
-    results = ordered_map(job, names, workers=1 if device.type == "cuda" else workers, progress=progress)
-    return {t.name: t for t in results}
+    def job(name: str) -> TensorFactors:
+        return _as_stored(shared_unique(pool.block(name), factoring))
+
+    return {t.name: t for t in ordered_map(job, names, workers=workers, progress=progress)}
+
+
+def _as_stored(factors: TensorFactors) -> TensorFactors:
+    """As a file holds them, strides and all: parts read from disk are then the same to the last bit."""
+    rows = {i: replace(s, U=_row_major(s.U), V=_row_major(s.V)) for i, s in factors.svd.items()}
+    return replace(factors, svd=rows)
 
 
 def _row_major(x: Tensor) -> Tensor:

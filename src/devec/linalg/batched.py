@@ -1,61 +1,33 @@
 """Thin factorisations of many matrices of one shape at once, for GPUs.
 
-One matrix at a time a GPU mostly waits for the next small kernel. Here a step of the iteration is one batched product,
-one batched orthonormalisation and one transfer for all matrices together. Each matrix is still decided by itself, by the
-functions that decide in :mod:`devec.linalg.lowrank` (``iteration.judge``, ``select_rank``, ``core_of_product``) and
-from the same starting vectors, and leaves the batch when it has converged.
+One matrix at a time a GPU mostly waits for the next small kernel. Here a step is one batched product, one batched
+orthonormalisation and one transfer for all matrices together. Each matrix is still decided by itself, from the same
+starting vectors and by the functions that decide in :mod:`devec.linalg.lowrank`: ``iteration.judge``, ``select_rank``,
+``core_of_product``.
 
-Products and panels stay on the device of the tensors; panels are made orthonormal by :func:`panels.orthonormal`. Cores
-(rank x rank, float64) are solved by LAPACK on the CPU, on ``workers`` threads, as they are one at a time.
+Products and panels stay on the tensors' device (:func:`~devec.linalg.panels.orthonormal`); cores (rank x rank, float64)
+are solved by LAPACK on the CPU, on ``workers`` threads, as they are one at a time.
+
+Against the functions for one matrix, in float32 on planted spectra of 512 and 1024 rows: same ranks, values to 3e-7,
+projectors to 1e-5 (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from devec.linalg import iteration
+from devec.linalg.batched_iteration import Iteration, Products, Triple, product, some, team_of
 from devec.linalg.lowrank import ThinSVD, core_of_product, empty, svd_of_dense, svd_of_product, working_scale
 from devec.linalg.numerics import CORE, RANK_RTOL, NonFiniteError, bad_entries, binary_scale, compute_dtype
 from devec.linalg.panels import orthonormal
 from devec.linalg.rank import RankRule, select_rank
 
-T = TypeVar("T")
-R = TypeVar("R")
-Products = Literal["float32", "bfloat16"]
-Triple = tuple[Tensor, Tensor, Tensor]
-
 EXACT_BYTES = 2**31
 """Working memory of one batch on the exact path: a Gram matrix, its eigenvectors and workspace are six squares."""
-
-LOW_STEPS = iteration.MAX_STEPS // 2
-"""Steps with bfloat16 products before float32 takes over in any case. Seen: at most 15."""
-
-
-class _Team:
-    """Small problems on the CPU, side by side; results in order."""
-
-    def __init__(self, pool: ThreadPoolExecutor | None) -> None:
-        self._pool = pool
-
-    def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        return list(map(function, items) if self._pool is None else self._pool.map(function, items))
-
-
-@contextmanager
-def _team(workers: int) -> Iterator[_Team]:
-    if workers <= 1:
-        yield _Team(None)
-        return
-    with ThreadPoolExecutor(workers, thread_name_prefix="devec-cores") as pool:
-        yield _Team(pool)
-
 
 def _peaks(X: Tensor) -> list[float]:
     """``max |x|`` of every matrix of a batch. NonFiniteError names the first one with a bad entry."""
@@ -74,11 +46,6 @@ def _divided(X: Tensor, scales: Sequence[float]) -> Tensor:
         return X
     # A tensor of divisors: a CPU scalar would be turned into its reciprocal, infinite for the smallest scales.
     return X / torch.tensor(scales, dtype=X.dtype, device=X.device)[:, None, None]
-
-
-def _some(X: Tensor, wanted: Sequence[int]) -> Tensor:
-    """Those matrices of a batch; no copy when all are wanted."""
-    return X if list(wanted) == list(range(X.shape[0])) else X[list(wanted)]
 
 
 # --- products B A ----------------------------------------------------------------------------------------------------
@@ -110,14 +77,14 @@ def svd_of_product_batch(
     live = [i for i in range(b) if scales_b[i] and scales_a[i]]
     if not live:
         return out
-    QB, RB = orthonormal(_divided(_some(B, live).to(dtype), [scales_b[i] for i in live]))
-    QA, RA = orthonormal(_divided(_some(A, live).to(dtype), [scales_a[i] for i in live]).mT)
+    QB, RB = orthonormal(_divided(some(B, live).to(dtype), [scales_b[i] for i in live]))
+    QA, RA = orthonormal(_divided(some(A, live).to(dtype), [scales_a[i] for i in live]).mT)
     limit, side = RANK_RTOL[dtype] if rtol is None else rtol, side_length or n
 
     def solve(core: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, float]:
         return core_of_product(*core, rule, n, m, dtype, limit, side)
 
-    with _team(workers) as team:
+    with team_of(workers) as team:
         cores = team.map(solve, list(zip(RB.cpu(), RA.cpu(), strict=True)))
     U = QB @ _padded([u for u, _, _, _ in cores], QB)
     V = QA @ _padded([vh.T for _, _, vh, _ in cores], QA)
@@ -151,8 +118,10 @@ def svd_of_dense_batch(
 ) -> list[ThinSVD]:
     """:func:`~devec.linalg.lowrank.svd_of_dense` of every matrix of W ``(b, n, m)``; ``keys`` name them.
 
-    ``products="bfloat16"`` makes the products of the power steps in bfloat16 until the values stand. The last step, and
-    as many more as it takes until the values stand in float32 too, is made in float32, and ranks are decided on it.
+    ``products="bfloat16"`` makes the products of the power steps in bfloat16 until the values stand; then float32 takes
+    over and ends the iteration by the same test, on values of its own. Products are all that is rounded: panels and
+    values stay float32, cores float64. It costs no accuracy, because rounding of a power step tilts the subspace by
+    about 2^-10 (0.06 degrees) at most, which the values feel squared: benchmarks/RESULTS.md has the figures.
 
     float64 matrices are treated one after the other. Raises NonFiniteError whose ``index`` says which matrix holds a
     bad entry.
@@ -169,133 +138,22 @@ def svd_of_dense_batch(
     live = [i for i in range(b) if scales[i]]
     if not live:
         return out
-    X = _divided(_some(W, live).to(dtype), [scales[i] for i in live])
+    X = _divided(some(W, live).to(dtype), [scales[i] for i in live])
     totals = (torch.stack([torch.linalg.vector_norm(x, dtype=CORE) for x in X]) ** 2).tolist()
     found: dict[int, Triple] = {}
-    with _team(workers) as team:
+    with team_of(workers) as team:
         if iteration.iterates(rule, n, m, dtype, exact):
-            found = _Iteration(X, totals, rule, side, team).run([keys[i] for i in live], products)
+            found = Iteration(X, totals, rule, side, team).run([keys[i] for i in live], products)
     rest = [at for at in range(len(live)) if at not in found]
     most = max(EXACT_BYTES // (6 * 8 * min(n, m) ** 2), 1)
     for start in range(0, len(rest), most):
         part = rest[start : start + most]
-        results = _exact(_some(X, part), [totals[at] for at in part], rule, side)
+        results = _exact(some(X, part), [totals[at] for at in part], rule, side)
         found.update(zip(part, results, strict=True))
     for at, i in enumerate(live):
         U, s, V = found[at]
         out[i] = ThinSVD(U, s.to(W.device) * scales[i], V, totals[at] * scales[i] * scales[i])
     return out
-
-
-@dataclass
-class _Member:
-    """One matrix on its way: the next step is made from ``start`` (m, width)."""
-
-    index: int
-    gen: torch.Generator
-    start: Tensor
-    last: Tensor | None = None
-    steps: int = 0
-
-
-class _Iteration:
-    """Subspace iteration of a batch: all that share a block size go together."""
-
-    def __init__(self, X: Tensor, totals: Sequence[float], rule: RankRule, side: int, team: _Team) -> None:
-        self.X, self.totals, self.rule, self.side, self.team = X, totals, rule, side, team
-        self.n, self.m = int(X.shape[1]), int(X.shape[2])
-
-    def run(self, keys: Sequence[object], products: Products) -> dict[int, Triple]:
-        """Results by position in the batch; those that iteration does not serve are missing."""
-        n, m = self.n, self.m
-        block = iteration.first_block(self.rule, n, m)
-        if block is None:
-            return {}
-        low = self.X.to(torch.bfloat16) if products == "bfloat16" else None
-        gens = [iteration.seeded(key, n, m) for key in keys]
-        starts = self._noise(gens, iteration.width(block, n, m))
-        members = [_Member(i, gen, start) for i, (gen, start) in enumerate(zip(gens, starts, strict=True))]
-        found: dict[int, Triple] = {}
-        while members and block is not None:
-            grown: list[_Member] = []
-            if low is not None:
-                members = self._until_settled(low, members, block, grown, None)
-            self._until_settled(self.X, members, block, grown, found)
-            wider = iteration.next_block(block, n, m)
-            if wider is not None:
-                more = iteration.width(wider, n, m) - iteration.width(block, n, m)
-                for member, fresh in zip(grown, self._noise([g.gen for g in grown], more), strict=True):
-                    member.start, member.last = torch.cat([member.start, fresh], dim=1), None
-            members, block = grown, wider
-        return found
-
-    def _noise(self, gens: Sequence[torch.Generator], columns: int) -> list[Tensor]:
-        return [t.to(self.X.device) for t in self.team.map(lambda g: iteration.noise(self.m, columns, g), gens)]
-
-    def _until_settled(
-        self,
-        Y: Tensor,
-        members: list[_Member],
-        block: int,
-        grown: list[_Member],
-        found: dict[int, Triple] | None,
-    ) -> list[_Member]:
-        """Steps with the products of Y (X itself, or X in bfloat16) until no member is left.
-
-        Members that need a larger block go to ``grown``. The others, once settled, go to ``found`` as results; without
-        ``found`` they are returned, to be taken up from where they are. Members out of steps are dropped.
-        """
-        handed: list[_Member] = []
-        if not members:
-            return handed
-        Y = _some(Y, [member.index for member in members])
-        P = torch.stack([member.start for member in members])
-        while members:
-            Q, _ = orthonormal(_product(Y, P))
-            P, R = orthonormal(_product(Y.mT, Q))
-            cores = list(R.cpu())
-            stay: list[int] = []
-            done: list[tuple[int, int]] = []
-            for at, values in enumerate(self.team.map(torch.linalg.svdvals, cores)):
-                member = members[at]
-                verdict = self._judged(member, values, block)
-                if verdict.grow:
-                    member.start = P[at]
-                    grown.append(member)
-                elif found is None and (verdict.settled or member.steps >= LOW_STEPS):
-                    member.start = P[at]
-                    handed.append(member)
-                elif found is not None and verdict.settled:
-                    done.append((at, verdict.rank))
-                elif member.steps < iteration.MAX_STEPS:
-                    stay.append(at)
-            if done and found is not None:
-                places = [at for at, _ in done]
-                results = self._rotated(_some(Q, places), [cores[at] for at in places], _some(P, places))
-                for (at, r), (U, s, V) in zip(done, results, strict=True):
-                    found[members[at].index] = U[:, :r], s[:r], V[:, :r]
-            if len(stay) < len(members):
-                Y, P, members = _some(Y, stay), _some(P, stay), [members[at] for at in stay]
-        return handed
-
-    def _judged(self, member: _Member, values: Tensor, block: int) -> iteration.Judgement:
-        member.steps += 1
-        last, member.last = member.last, values
-        if last is None:
-            return iteration.Judgement(0, False, False)
-        total = self.totals[member.index]
-        return iteration.judge(self.rule, values, last, total, self.n, self.m, self.side, block)
-
-    def _rotated(self, Q: Tensor, cores: Sequence[Tensor], P: Tensor) -> list[Triple]:
-        """Rayleigh-Ritz: R^T is the core of ``Q^T X = (P R)^T``, so no further product with X is needed."""
-        solved = self.team.map(lambda R: torch.linalg.svd(R.T), cores)
-        U = Q @ torch.stack([u for u, _, _ in solved]).to(Q)
-        V = P @ torch.stack([vh.T for _, _, vh in solved]).to(P)
-        return [(U[i], s, V[i]) for i, (_, s, _) in enumerate(solved)]
-
-
-def _product(Y: Tensor, P: Tensor) -> Tensor:
-    return (Y @ P.to(Y.dtype)).to(torch.float32)
 
 
 def _exact(X: Tensor, totals: Sequence[float], rule: RankRule, side: int) -> list[Triple]:
@@ -312,7 +170,7 @@ def _exact(X: Tensor, totals: Sequence[float], rule: RankRule, side: int) -> lis
     for r in set(ranks):
         alike = [i for i in range(b) if ranks[i] == r]
         near = short[alike, :, :r].to(X.dtype)
-        far = _product((X if tall else X.mT)[alike], near) / s[alike, None, :r].to(X.dtype)
+        far = product((X if tall else X.mT)[alike], near) / s[alike, None, :r].to(X.dtype)
         Q, R = orthonormal(far)
         Q = Q * torch.sign(torch.diagonal(R, dim1=1, dim2=2))[:, None].to(Q.dtype)
         for at, i in enumerate(alike):

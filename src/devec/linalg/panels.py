@@ -1,10 +1,9 @@
 """Thin QR of a batch of tall panels by products alone (Cholesky QR), for GPUs.
 
-A Householder QR works column by column; the Cholesky factor of the panel's own Gram matrix gives the same Q and R (up to
-signs) by two products and one small factorisation. It squares the condition number, so Gram matrices are made in float64
-(a float32 panel has at most condition 1e7 worth reading), columns are brought to length 1 first, and everything is done
-twice: the second pass makes orthonormal what the first left at ``condition^2`` times rounding (Yamamoto et al., ETNA 44,
-2015, "CholeskyQR2").
+A Householder QR works column by column. The Cholesky factor of the panel's Gram matrix gives the same Q and R (up to
+signs) by two products and one small factorisation. It squares the condition number, so Gram matrices are made in
+float64, columns are brought to length 1 first, and everything is done twice: the second pass repairs what the first
+left at condition^2 times rounding ("CholeskyQR2", Yamamoto et al., ETNA 44, 2015).
 """
 
 from __future__ import annotations
