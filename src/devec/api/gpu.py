@@ -19,8 +19,8 @@ from devec.methods.decompose.shared_unique import shared_unique
 from devec.methods.decompose.shared_unique_batch import shared_unique_batch
 
 BATCH_BYTES = 2**33
-"""Working memory of a batch. A fixed number, because products of other batch sizes may round otherwise: with this much
-free, the same inputs give the same bytes. Twenty matrices of 4096 x 4096 fill it, and each of them fills a GPU."""
+"""Working memory of a batch. A fixed number, because products of another batch size may round otherwise: with 12 GiB
+free, what else lies on the GPU changes no byte. Twenty matrices of 4096 x 4096 fill it; each alone keeps a GPU busy."""
 
 FREE_FRACTION = 0.7
 """Of the memory that is free, where that is less: the allocator's gaps and the libraries' workspaces need the rest."""
