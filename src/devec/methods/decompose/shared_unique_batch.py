@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -64,16 +64,16 @@ def shared_unique_batch(
     places: Sequence[Place] = dense
     try:
         if dense:
-            W = _stacked([_of(blocks, place).dense() for place in dense], dtype, device)
+            W = _stacked((_of(blocks, place).dense() for place in dense), (len(dense), n, m), dtype, device)
             moved.update((place, DenseDelta(W[at])) for at, place in enumerate(dense))
             keys = [(factoring.seed, blocks[b].name, blocks[b].vectors[i]) for b, i in dense]
             take(dense, svd_of_dense_batch(
                 W, rule, side_length=side_length, exact=factoring.exact, keys=keys, products=products, workers=workers
             ))
-        for places in factored.values():
+        for r, places in factored.items():
             deltas = [_low_rank(blocks, place) for place in places]
-            B = _stacked([delta.B for delta in deltas], dtype, device)
-            A = _stacked([delta.A for delta in deltas], dtype, device)
+            B = _stacked((delta.B for delta in deltas), (len(places), n, r), dtype, device)
+            A = _stacked((delta.A for delta in deltas), (len(places), r, m), dtype, device)
             moved.update((place, LowRankDelta(B[at], A[at])) for at, place in enumerate(places))
             take(places, svd_of_product_batch(B, A, rule, side_length=side_length, workers=workers))
     except NonFiniteError as error:
@@ -95,9 +95,12 @@ def _low_rank(blocks: Sequence[Block], place: Place) -> LowRankDelta:
     return delta
 
 
-def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A batch on the device, filled in place: no second copy is made there."""
-    out = torch.empty(len(matrices), *matrices[0].shape, dtype=dtype, device=device)
+def _stacked(
+    matrices: Iterable[Tensor], shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """A batch on the device, filled in place by one matrix after the other: deltas that are made when they are asked
+    for exist once, and only there."""
+    out = torch.empty(shape, dtype=dtype, device=device)
     for row, matrix in zip(out, matrices, strict=True):
         row.copy_(matrix)
     return out
