@@ -54,17 +54,38 @@ def low_rank_pair(n: int, r: int) -> PlantedPair:
     return PlantedPair((first[0] @ first[1], second[0] @ second[1]), U[0][:, : r // 4].float(), (first, second))
 
 
-def dense_pair(n: int, rank: int = RANK, shared: int = SHARED, level: float = 0.5) -> PlantedPair:
+def dense_pair(
+    n: int, rank: int = RANK, shared: int = SHARED, level: float = 0.5, seed: int | None = None
+) -> PlantedPair:
     """Two full-rank matrices: ``rank`` directions with singular values j^-1/2, of which ``shared`` are common at
     10 degrees, in white noise whose norm is ``level`` times the smallest of them."""
-    gen = generator("benchmark", "dense", n, rank, shared)
+    gen = generator("benchmark", "dense", n, rank, shared, *([] if seed is None else [seed]))
     U = _column_spaces(n, rank, torch.full((shared,), 10.0, dtype=torch.float64), gen)
-    values = torch.arange(1, rank + 1, dtype=torch.float64) ** -0.5
-    # Shared directions spread over the whole spectrum, from the strongest to near the noise.
-    spread = torch.arange(rank) % (rank // shared) == 0
-    values = torch.cat([values[spread], values[~spread]])
+    values = _spread(rank, shared)
     matrices = []
     for basis in U:
         noise = torch.randn(n, n, generator=gen, dtype=torch.float64) * (level * float(values.min()) / (2 * n**0.5))
         matrices.append(((basis * values) @ _orthonormal(n, rank, gen).T + noise).float())
     return PlantedPair((matrices[0], matrices[1]), U[0][:, :shared].float())
+
+
+def heavy_pair(n: int, rank: int = RANK, shared: int = SHARED, seed: int = 0) -> PlantedPair:
+    """The same directions without a gap after them: the power law j^-1/2 goes on at 0.7 of its height through all n
+    singular values, in directions of each matrix's own."""
+    gen = generator("benchmark", "heavy", n, rank, shared, seed)
+    U = _column_spaces(n, rank, torch.full((shared,), 10.0, dtype=torch.float64), gen)
+    values = torch.cat([_spread(rank, shared), 0.7 * torch.arange(rank + 1, n + 1, dtype=torch.float64) ** -0.5])
+    matrices = []
+    for basis in U:
+        rest = torch.randn(n, n - rank, generator=gen, dtype=torch.float64)
+        own = torch.linalg.qr(rest - basis @ (basis.T @ rest)).Q
+        left = torch.cat([basis, own], dim=1)
+        matrices.append(((left * values) @ _orthonormal(n, n, gen).T).float())
+    return PlantedPair((matrices[0], matrices[1]), U[0][:, :shared].float())
+
+
+def _spread(rank: int, shared: int) -> Tensor:
+    """Values j^-1/2, those of the shared directions first: from the strongest to near the noise."""
+    values = torch.arange(1, rank + 1, dtype=torch.float64) ** -0.5
+    first = torch.arange(rank) % (rank // shared) == 0
+    return torch.cat([values[first], values[~first]])

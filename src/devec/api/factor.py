@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from devec.api.gpu import factored_in_batches
 from devec.api.jobs import Job, checkpoints_of, kept_of
 from devec.api.run import Engine, cluster, learn, portable, stretch
 from devec.core.block import Block
@@ -38,10 +39,13 @@ def tensor_names(pool: Pool, factoring: Factoring) -> list[str]:
     return names
 
 
-def factor_tensor(block: Block, factoring: Factoring, device: torch.device) -> TensorFactors:
-    """Eq. (6) for every vector of one tensor, on ``device``; the factors come back to the CPU."""
-    factors = shared_unique(block.on(device), factoring).on(torch.device("cpu"))
-    # As a file holds them, strides and all: parts read from disk are then the same to the last bit.
+def factor_tensor(block: Block, factoring: Factoring) -> TensorFactors:
+    """Eq. (6) for every vector of one tensor."""
+    return as_stored(shared_unique(block, factoring))
+
+
+def as_stored(factors: TensorFactors) -> TensorFactors:
+    """As a file holds them, strides and all: parts read from disk are then the same to the last bit."""
     rows = {i: replace(s, U=_row_major(s.U), V=_row_major(s.V)) for i, s in factors.svd.items()}
     return replace(factors, svd=rows)
 
@@ -104,16 +108,20 @@ def factor_all(
 def _factored(
     pool: Pool, factoring: Factoring, names: Sequence[str], engine: Engine, device: torch.device
 ) -> Iterator[tuple[str, TensorFactors]]:
+    if device.type != "cpu":
+        for found in factored_in_batches(pool, names, factoring, device, workers=engine.workers):
+            yield found.name, as_stored(found)
+        return
     needs, workers, room = plan_needs(pool, factoring, names, engine)
     sources = checkpoints_of_pool(pool)
 
     def work(name: str, check: Check) -> TensorFactors:
         check()
         block = pool.block(name)
-        return factor_tensor(block.whole() if needs[name].whole else block, factoring, device)
+        return factor_tensor(block.whole() if needs[name].whole else block, factoring)
 
     units = [Unit(n, needs[n].memory, _ahead(sources, n)) for n in names]
-    yield from stream(work, units, workers=1 if device.type == "cuda" else workers, memory=room)
+    yield from stream(work, units, workers=workers, memory=room)
 
 
 def checkpoints_of_pool(pool: Pool) -> list[Checkpoint]:
@@ -181,17 +189,22 @@ class Factored:
                 calls = [(job, self.factoring, name, place[name]) for name in names]
                 yield from there.map(factor_elsewhere, calls)
             return
+        if self.device.type != "cpu":
+            pool, factoring, workers = self.pool, self.factoring, self.engine.workers
+            for found in factored_in_batches(pool, names, factoring, self.device, workers=workers):
+                yield _part(place[found.name], as_stored(found), sources)
+            return
         needs, workers, room = plan_needs(self.pool, self.factoring, names, self.engine)
 
         def work(name: str, check: Check) -> Finished:
             check()
             block = self.pool.block(name)
-            factors = factor_tensor(block.whole() if needs[name].whole else block, self.factoring, self.device)
+            factors = factor_tensor(block.whole() if needs[name].whole else block, self.factoring)
             check()
             return _part(place[name], factors, sources)
 
         units = [Unit(n, needs[n].memory, _ahead(sources, n)) for n in names]
-        for _, record in stream(work, units, workers=1 if self.device.type == "cuda" else workers, memory=room):
+        for _, record in stream(work, units, workers=workers, memory=room):
             yield record
 
 
@@ -207,7 +220,7 @@ def factor_elsewhere(job: Job, factoring: Factoring, name: str, path: Path) -> F
     sources = checkpoints_of_pool(pool)
     for source in sources:
         source.digests.watch()
-    return _part(path, factor_tensor(pool.block(name), factoring, torch.device("cpu")), sources)
+    return _part(path, factor_tensor(pool.block(name), factoring), sources)
 
 
 def make_pool(factoring: Factoring, base: str | None, **arguments: object) -> Pool:

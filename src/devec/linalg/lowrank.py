@@ -18,23 +18,9 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from devec.linalg.numerics import CORE, RANK_RTOL, binary_scale, compute_dtype, generator, peak
+from devec.linalg import iteration
+from devec.linalg.numerics import CORE, RANK_RTOL, binary_scale, compute_dtype, peak
 from devec.linalg.rank import RankRule, select_rank
-
-RITZ_TOL = 1e-3
-"""Subspace iteration stops when no Ritz value moves by more than this fraction. Fixed small numbers of steps fail on
-slowly decaying spectra: one step found 9 of 15 planted shared directions, two 14, this rule all 15 (n = 2048)."""
-
-MAX_STEPS = 40
-"""Upper bound on subspace iterations; heavy tails need about 15. Past it the exact path takes over."""
-
-LOOKAHEAD = 10
-"""How far a Ritz value may still grow, in units of its last step. In a continuum the steps fall as 1/k^2, so that
-k steps later the rest is about k of the last; with a gap they fall geometrically, far faster."""
-
-FIRST_BLOCK = 64
-ADAPTIVE_FRACTION = 16
-"""Above min(n, m)/16 directions the exact path is as fast or faster (crossover seen between n/16 and n/8)."""
 
 CANCELLED = 8
 """Units of rounding, times ``sum_i |b_i||a_i|``, below which a singular value of ``B A`` is what cancellation left
@@ -42,9 +28,6 @@ CANCELLED = 8
 
 SAFE = 2.0**-30
 """Entries between this and its inverse need no scaling: squares stay in float32's range, and a copy is saved."""
-
-SMALL = 256
-"""Below this short side the exact path takes under 20 ms and iteration gains nothing."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +91,7 @@ def frobenius_of_product(B: Tensor, A: Tensor) -> float:
     return frobenius(RB @ RA.T)
 
 
-def _empty(n: int, m: int, like: Tensor, total: float = 0.0) -> ThinSVD:
+def empty(n: int, m: int, like: Tensor, total: float = 0.0) -> ThinSVD:
     dtype = compute_dtype(like.dtype)
     return ThinSVD(
         torch.zeros(n, 0, dtype=dtype, device=like.device),
@@ -116,6 +99,12 @@ def _empty(n: int, m: int, like: Tensor, total: float = 0.0) -> ThinSVD:
         torch.zeros(m, 0, dtype=dtype, device=like.device),
         total,
     )
+
+
+def working_scale(top: float) -> float:
+    """What a dense matrix with largest entry ``top`` is divided by before it is factored: mostly 1, and 0 for 0."""
+    scale = binary_scale(top)
+    return 1.0 if SAFE < scale < 1 / SAFE else scale
 
 
 def svd_of_product(
@@ -135,26 +124,35 @@ def svd_of_product(
     n, m = B.shape[0], A.shape[1]
     scale_b, scale_a = binary_scale(peak(B)), binary_scale(peak(A))
     if scale_b == 0.0 or scale_a == 0.0:
-        return _empty(n, m, B)
+        return empty(n, m, B)
     dtype = compute_dtype(B.dtype)
     QB, RB = torch.linalg.qr(B.to(dtype) / scale_b)
     QA, RA = torch.linalg.qr(A.to(dtype).T / scale_a)
-    RB, RA = RB.to(CORE), RA.to(CORE)
+    u, s, vh, total = core_of_product(
+        RB.to(CORE), RA.to(CORE), rule, n, m, dtype, RANK_RTOL[dtype] if rtol is None else rtol, side_length or n
+    )
+    if total == 0.0:
+        return empty(n, m, B)
+    scale = scale_b * scale_a
+    return ThinSVD(QB @ u.to(dtype), s * scale, QA @ vh.T.to(dtype), total * scale * scale)
+
+
+def core_of_product(
+    RB: Tensor, RA: Tensor, rule: RankRule, n: int, m: int, dtype: torch.dtype, rtol: float, side: int
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """``u, s, vh`` of ``R_B R_A^T`` cut by the rule, and the sum of all squares; R_B and R_A in float64, from factors
+    of an ``n x m`` product that were given in ``dtype``."""
     u, s, vh = torch.linalg.svd(RB @ RA.T, full_matrices=False)
     # Columns of each factor carry their own rounding, so what cancels leaves this much (factors of [X, X] [Y; -Y]).
     s = s[s > CANCELLED * torch.finfo(dtype).eps * float((RB.norm(dim=0) * RA.norm(dim=0)).sum())]
-    u, vh = u[:, : s.numel()], vh[: s.numel()]
     total = float((s * s).sum())
     if total == 0.0:
-        return _empty(n, m, B)
+        return u[:, :0], s[:0], vh[:0], 0.0
     effective = RankRule("none") if rule.kind == "auto" else rule
     # The core holds every singular value that there is, so every rule can be decided; white-noise rules still
     # refer to the n x m matrix, whose remaining singular values are exactly zero.
-    r = _decide(effective, s, total, n, m, RANK_RTOL[dtype] if rtol is None else rtol, side_length or n)
-    scale = scale_b * scale_a
-    return ThinSVD(
-        QB @ u[:, :r].to(dtype), s[:r] * scale, QA @ vh[:r].T.to(dtype), total * scale * scale
-    )
+    r = _decide(effective, s, total, n, m, rtol, side)
+    return u[:, :r], s[:r], vh[:r], total
 
 
 def _decide(rule: RankRule, s: Tensor, total: float, n: int, m: int, rtol: float, side: int) -> int:
@@ -185,19 +183,17 @@ def svd_of_dense(
     """
     rule = RankRule.parse(rule)
     n, m = W.shape
-    scale = binary_scale(peak(W))
+    scale = working_scale(peak(W))
     if scale == 0.0:
-        return _empty(n, m, W)
+        return empty(n, m, W)
     dtype = compute_dtype(W.dtype)
     X = W.to(dtype)
-    if SAFE < scale < 1 / SAFE:
-        scale = 1.0
-    else:
+    if scale != 1.0:
         X = X / scale
     total = frobenius(X) ** 2
     side = side_length or n
     out: tuple[Tensor, Tensor, Tensor] | None = None
-    if dtype == torch.float32 and not exact and min(n, m) >= SMALL and not rule.needs_all:
+    if iteration.iterates(rule, n, m, dtype, exact):
         out = _adaptive(X, total, rule, side, key)
     if out is None:
         out = _by_svd(X) if dtype == torch.float64 else _by_gram(X)
@@ -250,52 +246,34 @@ def gram(X: Tensor, block: int = 1024) -> Tensor:
 def _adaptive(
     X: Tensor, total: float, rule: RankRule, side: int, key: object
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Subspace iteration with a growing block; ``None`` when the rank rule wants more than min(n, m)/16.
-
-    A block that may return r directions has r/2 columns more. Ritz values only grow, so at each step the rule is
-    asked twice: with the values as they are, and with ``LOOKAHEAD`` times their last step added. Once both answers
-    agree the rank is known. If it does not fit, the block doubles and goes on from where it is; if it fits, the
-    iteration ends when every value kept stands.
-    """
+    """Subspace iteration with a growing block; ``None`` when the rank rule wants more than min(n, m)/16."""
     n, m = X.shape
-    limit = min(n, m) // ADAPTIVE_FRACTION
-    block = int(rule.value) if rule.kind == "fixed" else min(FIRST_BLOCK, limit)
-    if block > limit:
+    block = iteration.first_block(rule, n, m)
+    if block is None:
         return None
-    gen = generator("subspace", key, n, m)
-    Q = torch.linalg.qr(_image_of_noise(X, _width(block, n, m), gen)).Q
+    gen = iteration.seeded(key, n, m)
+
+    def image_of_noise(columns: int) -> Tensor:
+        return X @ iteration.noise(m, columns, gen).to(X.device)
+
+    Q = torch.linalg.qr(image_of_noise(iteration.width(block, n, m))).Q
     last: Tensor | None = None
-    for _ in range(MAX_STEPS):
+    for _ in range(iteration.MAX_STEPS):
         P, R = torch.linalg.qr(X.T @ Q)
-        values = torch.linalg.svdvals(R.to(CORE))
-        grow = False
+        values = torch.linalg.svdvals(R.to(CORE)).cpu()
+        more = 0
         if last is not None:
-            step = (values - last).abs()
-            r, later = (
-                select_rank(rule, v, total, n, m, RANK_RTOL[torch.float32], side)
-                for v in (values, values + LOOKAHEAD * step)
-            )
-            grow = min(r, later) > block
-            if grow and block == limit:
-                return None
-            # The second term lets a rank-deficient matrix stop: values that are rounding never settle relatively.
-            if r == later <= block and bool((step <= RITZ_TOL * values + 1e-6 * values[0])[:r].all()):
+            rank, grow, settled = iteration.judge(rule, values, last, total, n, m, side, block)
+            if settled:
                 # R^T is the core of Q^T X = (P R)^T: the Rayleigh-Ritz step needs no further product with X.
                 u, s, vh = torch.linalg.svd(R.to(CORE).T)
-                return Q @ u[:, :r].to(X.dtype), s[:r], P @ vh[:r].T.to(X.dtype)
-        last = values
-        image = X @ P
-        if grow:
-            block, last = min(2 * block, limit), None
-            image = torch.cat([image, _image_of_noise(X, _width(block, n, m) - Q.shape[1], gen)], dim=1)
+                return Q @ u[:, :rank].to(X.dtype), s[:rank], P @ vh[:rank].T.to(X.dtype)
+            if grow:
+                wider = iteration.next_block(block, n, m)
+                if wider is None:
+                    return None
+                block, more = wider, iteration.width(wider, n, m) - Q.shape[1]
+        last = None if more else values
+        image = torch.cat([X @ P, image_of_noise(more)], dim=1) if more else X @ P
         Q = torch.linalg.qr(image).Q
     return None
-
-
-def _width(block: int, n: int, m: int) -> int:
-    """Columns to iterate with for ``block`` directions."""
-    return min(block + max(block // 2, 8), min(n, m))
-
-
-def _image_of_noise(X: Tensor, columns: int, gen: torch.Generator) -> Tensor:
-    return X @ torch.randn(X.shape[1], columns, generator=gen, dtype=torch.float32).to(X.device)

@@ -27,7 +27,14 @@ float32 bases carry noise of 9e-7, of float64 bases 2e-15."""
 
 
 class NonFiniteError(ValueError):
-    """A tensor holds NaN or infinity. torch's ``qr`` would return NaN in silence, ``svd`` a misleading message."""
+    """A tensor holds NaN or infinity. torch's ``qr`` would return NaN in silence, ``svd`` a misleading message.
+
+    ``reason`` says how many entries are bad, ``index`` which matrix of a batch holds them (``None`` for a single one).
+    """
+
+    def __init__(self, reason: str, index: int | None = None) -> None:
+        self.reason, self.index = reason, index
+        super().__init__(reason if index is None else f"matrix {index} of the batch: {reason}")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -43,9 +50,12 @@ def peak(x: Tensor) -> float:
     top = max(abs(float(low)), abs(float(high)))
     # A NaN anywhere makes aminmax NaN, an infinity makes it infinite: one reduction checks and measures.
     if not top < float("inf"):
-        bad = int((~torch.isfinite(x)).sum())
-        raise NonFiniteError(f"{bad} of {x.numel()} entries are NaN or infinite")
+        raise NonFiniteError(bad_entries(x))
     return top
+
+
+def bad_entries(x: Tensor) -> str:
+    return f"{int((~torch.isfinite(x)).sum())} of {x.numel()} entries are NaN or infinite"
 
 
 def binary_scale(top: float) -> float:

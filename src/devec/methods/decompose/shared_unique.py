@@ -65,9 +65,7 @@ def shared_unique(block: Block, factoring: Factoring | None = None) -> TensorFac
         if isinstance(delta, LowRankDelta):
             low_rank.add(i)
         if factors.rank:
-            # The long side of a dense delta costs as much memory as U; side left never asks for it.
-            keep_right = factoring.side != "left" or i in low_rank
-            svd[i] = factors if keep_right else replace(factors, V=factors.V[:, :0].clone())
+            svd[i] = kept(factors, i in low_rank, factoring)
     return TensorFactors(block.name, block.layout, svd, norms, inner_products(block, dtype), frozenset(low_rank))
 
 
@@ -103,10 +101,16 @@ def working_bytes(shape: tuple[int, int], factoring: Factoring) -> int:
     return n * m * size + spectrum + 3 * (n + m) * max(rank, 96) * size
 
 
+def kept(factors: ThinSVD, low_rank: bool, factoring: Factoring) -> ThinSVD:
+    """What of one vector's factors a decomposition keeps."""
+    # The long side of a dense delta costs as much memory as U; side left never asks for it.
+    return factors if factoring.side != "left" or low_rank else replace(factors, V=factors.V[:, :0].clone())
+
+
 def unusable(block: Block, i: int, error: NonFiniteError) -> InputError:
     """The error for a delta with entries that are NaN or infinite."""
     return InputError(
-        f"vector {block.vectors[i]} cannot be factored: {error}",
+        f"vector {block.vectors[i]} cannot be factored: {error.reason}",
         tensor=block.name,
         remedy="Repair the file, or leave the tensor out with --exclude.",
     )
