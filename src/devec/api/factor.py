@@ -24,7 +24,7 @@ from devec.engine.threads import Progress, silent
 from devec.io.checkpoint import Checkpoint
 from devec.io.folder import OutputFolder, Run
 from devec.io.journal import RUN, Finished, check_unchanged
-from devec.io.parts import is_sound, part_name, read_part, write_part
+from devec.io.parts import is_sound, members_in, part_name, read_part, write_part
 from devec.methods.decompose.shared_unique import shared_unique, working_bytes
 
 
@@ -172,7 +172,7 @@ class Factored:
             done += 1
             self.progress(done, len(mine), record.name)
         check_unchanged(self.run.identity.inputs)
-        return LazyFactors(self.names, lambda name: read_part(place[name]))
+        return LazyFactors({n: members_in(place[n]) for n in self.names}, lambda name: read_part(place[name]))
 
     def _mine(self) -> list[str]:
         if self.engine.shard is None:

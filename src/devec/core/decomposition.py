@@ -16,8 +16,8 @@ from torch import Tensor
 from devec.core.delta import Delta, LowRankDelta
 from devec.core.errors import UsageError
 from devec.core.options import Factoring, View
-from devec.core.results import Finding, Spectrum, Subspace, TensorFactors
-from devec.core.spectra import Key, Pair, SideAlgebra, decide, side_algebra, sides_of
+from devec.core.results import Finding, LazyFactors, Spectrum, Subspace, TensorFactors
+from devec.core.spectra import Key, LazyAlgebra, Pair, SideAlgebra, decide, side_algebra, sides_of
 from devec.core.split import RowSplit, fused_name, join_rows
 from devec.core.vectors import LazyMap, Pool, TaskVector
 from devec.linalg import subspace
@@ -69,15 +69,20 @@ class Decomposition:
         return new
 
     @cached_property
-    def algebra(self) -> dict[tuple[str, str], SideAlgebra]:
+    def algebra(self) -> Mapping[tuple[str, str], SideAlgebra]:
+        """(tensor, side) -> what follows from the overlaps. Of factors in files it is made anew for each tensor when it
+        is asked for: for a pool of large models all of it together would not fit into memory."""
         joint = self.view.joint if self.factoring.mode == "joint" else None
-        with one_blas_thread():
-            return {
-                (name, side): side_algebra(t, side, self.target, joint, self.view.angles)
-                for name, t in self.tensors.items()
-                if len(t.members) >= 2
-                for side in sides_of(self.factoring.side)
-            }
+
+        def make(name: str, side: str) -> SideAlgebra:
+            with one_blas_thread():
+                return side_algebra(self.tensors[name], side, self.target, joint, self.view.angles)
+
+        sides = sides_of(self.factoring.side)
+        if isinstance(self.tensors, LazyFactors):
+            return LazyAlgebra(self.tensors, sides, make)
+        shared = [(name, side) for name, t in self.tensors.items() if len(t.members) >= 2 for side in sides]
+        return {key: make(*key) for key in shared}
 
     @cached_property
     def spectra(self) -> dict[Key, Spectrum]:
@@ -268,19 +273,17 @@ class Decomposition:
         part = replace(
             source,
             name=f"{kind}-{name}",
-            deltas=LazyMap(names, lambda n: make(n, index, source.deltas[n]), lambda n: self._cost(n, index)),
+            deltas=LazyMap(names, lambda n: make(n, index, source.deltas[n]), self._cost),
             layouts={n: source.layouts[n] for n in names},
         )
         return self._joined(part)
 
-    def _cost(self, tensor: str, index: int) -> int:
-        """Bytes that making a part of one tensor takes: the matrix, its part, and thin factors beside them."""
-        t = self.tensors[tensor]
-        n, m = t.layout.matrix_shape
+    def _cost(self, tensor: str) -> int:
+        """Bytes that making a part of one tensor takes besides its rows, at most: the bases of all vectors, the subspace
+        and ``Z^T W``, of ranks up to a quarter of the short side."""
+        n, m = self.pool.layout(tensor).matrix_shape
         size = 8 if self.factoring.dtype == "float64" else 4
-        if index in t.low_rank:
-            return 6 * (n + m) * max((svd.rank for svd in t.svd.values()), default=0) * size
-        return 3 * n * m * size
+        return size * (n + m) * min(n, m) // 2
 
     def _removed_sides(self, tensor: str, index: int) -> dict[str, Tensor] | None:
         """Z of each side; ``None`` if one of them is empty: a projector onto nothing on either side is nothing."""
@@ -321,8 +324,7 @@ class Decomposition:
             first,
             name=label,
             deltas=LazyMap(
-                names, lambda n: self._weighted(n, members(n), pair),
-                lambda n: max((self._cost(n, i) for i in members(n)), default=0),
+                names, lambda n: self._weighted(n, members(n), pair), self._cost
             ),
             layouts={n: self.tensors[n].layout for n in names},
             heads={},
@@ -375,6 +377,10 @@ def _zero_like(delta: Delta) -> LowRankDelta:
 
 def _inside(delta: Delta, Z: Mapping[str, Tensor]) -> LowRankDelta:
     """``P_L W P_R`` (either side may be missing) as factors of which one is the basis itself."""
+    if not isinstance(delta, LowRankDelta) and "left" in Z:
+        inside = delta.project(Z["left"])  # as factors, by rows if the delta is read by rows
+        assert isinstance(inside, LowRankDelta)
+        return inside if "right" not in Z else _inside(inside, {"right": Z["right"]})
     B, A = (delta.B, delta.A) if isinstance(delta, LowRankDelta) else (None, delta.dense())
     # Never narrower than the bases: rounded to bf16 they would span something else.
     dtype = torch.promote_types(delta.dtype, next(iter(Z.values())).dtype)

@@ -1,18 +1,19 @@
 """Dense deltas that are computed when they are asked for, whole or block of rows by block of rows.
 
 A model is larger than memory and so may be one of its tensors. ``LazyDelta`` knows its shape and how to make any of
-its rows; elementwise arithmetic on it stays lazy, everything else makes the matrix first.
+its rows; elementwise arithmetic and projections on it stay lazy, everything else makes the matrix first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from math import prod
+from threading import Lock
 
 import torch
 from torch import Tensor
 
-from devec.core.delta import Delta, DenseDelta, same_shape
+from devec.core.delta import Delta, DenseDelta, LowRankDelta, same_shape
 
 BLOCK = 1 << 17
 """Elements in a block of rows. A constant, because a product of factors may round otherwise in blocks of another size.
@@ -105,11 +106,48 @@ class LazyDelta(Delta):
     def on(self, device: torch.device) -> Delta:
         return self if device.type == "cpu" else DenseDelta(self.dense().to(device))
 
-    def project(self, basis: Tensor) -> Delta:
-        return self.whole().project(basis)
+    def project(self, basis: Tensor) -> LowRankDelta:
+        Z, core = self._onto(basis)
+        return LowRankDelta(Z, core())
 
-    def residual(self, basis: Tensor) -> Delta:
-        return self.whole().residual(basis)
+    def residual(self, basis: Tensor) -> LazyDelta:
+        """``W - Z Z^T W`` by rows; where the file holds ``W``, ``Z^T W`` is summed first, over the same blocks."""
+        Z, core = self._onto(basis)
+        read, dtype = self._read, torch.promote_types(self._dtype, Z.dtype)
+        if self.transposed:  # the file's rows are columns of W, each with a projection of its own
+            return LazyDelta(
+                self._shape, dtype, lambda a, b: _alone(read(a, b).to(dtype), Z), transposed=True
+            )
+        return LazyDelta(self._shape, dtype, lambda a, b: _without(read(a, b).to(dtype), Z[a:b], core()))
+
+    def _onto(self, basis: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        """The basis in the wider dtype, and ``Z^T W``, which is made once, when it is first asked for."""
+        Z = basis.to(torch.promote_types(basis.dtype, self._dtype))
+        lock, made = Lock(), list[Tensor]()
+
+        def core() -> Tensor:
+            with lock:
+                if not made:
+                    made.append(self._core(Z))
+            return made[0]
+
+        return Z, core
+
+    def _core(self, Z: Tensor) -> Tensor:
+        if self.transposed:
+            return torch.cat([(self._read(a, b).to(Z.dtype) @ Z).T for a, b in row_blocks(self._filed)], dim=1)
+        out = torch.zeros(Z.shape[1], self._shape[1], dtype=Z.dtype)
+        for a, b in row_blocks(self._filed):
+            out.addmm_(Z[a:b].T, self._read(a, b).to(Z.dtype))
+        return out
+
+
+def _alone(rows: Tensor, Z: Tensor) -> Tensor:
+    return _without(rows, rows @ Z, Z.T)
+
+
+def _without(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return torch.addmm(rows, left, right, alpha=-1.0)
 
 
 def in_file(delta: Delta, transposed: bool) -> Delta:

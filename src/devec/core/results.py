@@ -5,7 +5,7 @@ Equation numbers are those of arXiv:2512.22511.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from threading import local
@@ -84,12 +84,19 @@ class TensorFactors:
 
 
 class LazyFactors(Mapping[str, TensorFactors]):
-    """Factors that are read when they are asked for; each thread keeps the last it asked for."""
+    """Factors that are read when they are asked for; each thread keeps the last it asked for.
 
-    def __init__(self, names: Sequence[str], read: Callable[[str], TensorFactors]) -> None:
-        self._names = dict.fromkeys(names)
+    ``counts`` says how many vectors have a nonzero delta in each tensor.
+    """
+
+    def __init__(self, counts: Mapping[str, int], read: Callable[[str], TensorFactors]) -> None:
+        self._names = dict(counts)
         self._read = read
         self._last = local()
+
+    def count(self, name: str) -> int:
+        """How many vectors have a nonzero delta there."""
+        return self._names[name]
 
     def __getitem__(self, name: str) -> TensorFactors:
         if name not in self._names:

@@ -6,18 +6,21 @@ decomposition at once; everything else is per tensor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from threading import local
 
 import torch
 from torch import Tensor
 
 from devec.core.options import Factoring, View
-from devec.core.results import Chance, Spectrum, TensorFactors
+from devec.core.results import Chance, LazyFactors, Spectrum, TensorFactors
 from devec.linalg import chance, subspace
 from devec.linalg.numerics import TIE
 
 Pair = tuple[int, int]
+Coverage = tuple[Tensor, tuple[int, ...], int]
+"""Of a consensus: ``coverage[i, j]`` of direction j by vector i, the vectors' ranks, and the length of a column."""
 Key = tuple[str, str, Pair | None]
 """(tensor, side, pair of vector indices); the pair is None for the joint spectrum."""
 
@@ -31,6 +34,34 @@ class SideAlgebra:
     pairs: Mapping[Pair, subspace.PairSpectrum]
     joint: subspace.ConsensusSpectrum | subspace.ChainSpectrum | None
     chances: Mapping[Pair | None, Chance]  # kept here, so that another view draws no null again
+
+
+class LazyAlgebra(Mapping[tuple[str, str], SideAlgebra]):
+    """:class:`SideAlgebra` of each tensor and side, made from factors that are read then; the last one is kept."""
+
+    def __init__(
+        self, tensors: LazyFactors, sides: Sequence[str], make: Callable[[str, str], SideAlgebra]
+    ) -> None:
+        self._make = make
+        self._keys = {(n, side): None for n in tensors if tensors.count(n) >= 2 for side in sides}
+        self._last = local()
+
+    def __getitem__(self, key: tuple[str, str]) -> SideAlgebra:
+        if key not in self._keys:
+            raise KeyError(key)
+        kept: tuple[tuple[str, str], SideAlgebra] | None = getattr(self._last, "made", None)
+        if kept is None or kept[0] != key:
+            kept = self._last.made = (key, self._make(*key))
+        return kept[1]
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
 
 
 def sides_of(side: str) -> tuple[str, ...]:
@@ -85,6 +116,7 @@ def decide(
     """One :class:`Spectrum` per tensor, side and pair (and joint), with the shared directions marked."""
     tie = TIE[getattr(torch, factoring.dtype)]
     spectra: dict[Key, Spectrum] = {}
+    joints: dict[tuple[str, str], Coverage] = {}
     for (name, side), a in algebra.items():
         n = tensors[name].side_length(side)
         for pair in a.pairs:
@@ -93,9 +125,11 @@ def decide(
             spectra[name, side, pair] = _against(p, view.threshold, chance.edge(r1, r2, n), tie)
         if a.joint is not None:
             spectra[name, side, None] = _joint(a, n, view, tie)
+            if isinstance(a.joint, subspace.ConsensusSpectrum):
+                joints[name, side] = (a.joint.coverage, a.overlaps.ranks, a.overlaps.n)
     if view.threshold == "chance":
         draw_nulls(spectra)
-        _false_discovery(spectra, algebra, view, factoring)
+        _false_discovery(spectra, joints, view, factoring)
     return spectra
 
 
@@ -133,7 +167,7 @@ def _joint(a: SideAlgebra, n: int, view: View, tie: float) -> Spectrum:
 
 
 def _false_discovery(
-    spectra: dict[Key, Spectrum], algebra: Mapping[tuple[str, str], SideAlgebra], view: View, factoring: Factoring
+    spectra: dict[Key, Spectrum], joints: Mapping[tuple[str, str], Coverage], view: View, factoring: Factoring
 ) -> None:
     """Benjamini-Hochberg at ``view.fdr`` over everything tested: joint spectra in joint mode, pairs otherwise."""
     tested = [key for key in spectra if (key[2] is None) == (factoring.mode == "joint")]
@@ -142,16 +176,15 @@ def _false_discovery(
     cutoff = chance.benjamini_hochberg(torch.cat([spectra[key].p_values for key in tested]), view.fdr)
     for key, s in spectra.items():
         keep = s.p_values <= cutoff
-        joint = algebra[key[0], key[1]].joint
-        if key[2] is None and isinstance(joint, subspace.ConsensusSpectrum):
-            keep = keep & _held_by_all(joint, algebra[key[0], key[1]].overlaps, view.fdr)
+        if key[2] is None and (key[0], key[1]) in joints:
+            keep = keep & _held_by_all(*joints[key[0], key[1]], view.fdr)
         applied = float(s.eigenvalues[keep].min()) if bool(keep.any()) else 1.0
         spectra[key] = replace(s, keep=keep, applied=applied)
 
 
-def _held_by_all(joint: subspace.ConsensusSpectrum, M: subspace.Overlaps, fdr: float) -> Tensor:
+def _held_by_all(coverage: Tensor, ranks: Sequence[int], n: int, fdr: float) -> Tensor:
     """Every vector must hold the direction beyond chance: its coverage against one random direction, at fdr/k."""
-    held = torch.ones(joint.mean.shape[0], dtype=torch.bool)
-    for i, r in enumerate(M.ranks):
-        held &= chance.pair_p_values(joint.coverage[i], 1, r, M.n) <= fdr / M.k
+    held = torch.ones(coverage.shape[1], dtype=torch.bool)
+    for i, r in enumerate(ranks):
+        held &= chance.pair_p_values(coverage[i], 1, r, n) <= fdr / len(ranks)
     return held

@@ -271,11 +271,12 @@ def _decomposition(
         for n, s in manifest["splits"].items()
     }
     read = {row["name"]: _factors_in(row, f"t{index:05d}", file) for index, row in enumerate(manifest["tensors"])}
+    counts = {row["name"]: len(row["members"]) for row in manifest["tensors"]}
     view = dict(manifest["view"])
     return Decomposition(
         pool=Pool(tuple(split_rows(v, splits) if splits else v for v in vectors)),
         factoring=factoring,
-        tensors=LazyFactors(list(read), lambda name: read[name]()),
+        tensors=LazyFactors(counts, lambda name: read[name]()),
         view=View(**view),
         splits=splits,
         notes=tuple(Finding(f["code"], f["message"], tuple(f["tensors"])) for f in manifest["notes"]),

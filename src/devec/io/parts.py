@@ -51,6 +51,12 @@ def read_part(path: Path) -> TensorFactors:
             raise InputError(f"not a part of a decomposition: {error!r}", file=path) from None
 
 
+def members_in(path: Path) -> int:
+    """How many vectors have a nonzero delta in a part, from its header."""
+    with SafetensorsFile(path) as file:
+        return sum(name.endswith(".S") for name in file.names())
+
+
 def is_sound(path: Path, sha256: str) -> bool:
     """Whether a part is there and has not changed."""
     return path.is_file() and sha256_of(path) == sha256
