@@ -47,6 +47,7 @@ def apply_(
 
     from devec.api.apply import apply as run
     from devec.api.jobs import Job
+    from devec.api.plan import plan_write
     from devec.api.references import Reading, open_model, read_vector
     from devec.core.errors import UsageError
     from devec.io.names import Selection
@@ -76,7 +77,8 @@ def apply_(
     saving = replace(saving, job=job)
     if o["dry_run"]:
         model = run(base, terms, heads=o["heads_from"], saving=saving)
-        return dry(output, how, tensors=len(model.names()), changed=len(model.terms))  # type: ignore[union-attr]
+        stages = [plan_write(model, saving.engine, saving.out_dtype)]  # type: ignore[arg-type]
+        return dry(output, how, stages, tensors=len(model.names()), changed=len(model.terms))  # type: ignore[union-attr]
     with show.progress("write", how) as advance:
         written = run(under, terms, output, heads=o["heads_from"], saving=replace(saving, progress=advance))
     show.wrote(output, written, how)
@@ -104,8 +106,9 @@ def merge(
     import torch
 
     from devec.api.jobs import Job
-    from devec.api.merge import Compression, save_merged
+    from devec.api.merge import Compression, model_for, save_merged
     from devec.api.merge import merge as run
+    from devec.api.plan import plan_write
     from devec.core.errors import UsageError
     from devec.io.names import Selection
 
@@ -136,7 +139,11 @@ def merge(
     )
     saving = replace(saving, job=Job("devec.api.merge.model_for", {**given, "heads": o["heads_from"], **dtypes(o)}))
     if o["dry_run"]:
-        return dry(output, how, sources=len(merged.pool), tensors=len(merged.vector.deltas))
+        stages = []
+        if merged.base is not None and not compression.asked:
+            model = model_for(**given, heads=o["heads_from"], **dtypes(o))
+            stages = [plan_write(model, saving.engine, saving.out_dtype)]
+        return dry(output, how, stages, sources=len(merged.pool), tensors=len(merged.vector.deltas))
     with show.progress("merge", how) as advance:
         saving = replace(saving, progress=advance)
         written, errors = save_merged(merged, output, saving, compression=compression, heads=o["heads_from"])

@@ -95,11 +95,13 @@ def dtypes(o: dict[str, Any]) -> dict[str, Any]:
     return {"dtype": o.get("dtype") or "float32", "out_dtype": o.get("out_dtype")}
 
 
-def dry(output: str | None, how: Printing, **facts: Any) -> None:
-    """What --dry-run says: everything was checked, nothing was written."""
+def dry(output: str | None, how: Printing, stages: Any = (), **facts: Any) -> None:
+    """What --dry-run says: everything was checked, what each stage would cost, and that nothing was written."""
     if how.as_json:
-        show.print_json({"schema": 1, "dry_run": True, "output": output, **facts})
+        planned = {"stages": [s.as_dict() for s in stages]} if stages else {}
+        show.print_json({"schema": 1, "dry_run": True, "output": output, **facts, **planned})
     else:
+        show.stages(stages, how)
         listed = ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in facts.items())
         what = "everything fits" if output is None else f"would write {output}"
         show.say(f"dry run: {what} ({listed}); nothing was written", how)
@@ -146,7 +148,12 @@ def decompose(
     selection = Selection(o["include"], o["exclude"])
     pool, notes = load_pool(sources, base=o["base"], dtype=getattr(torch, o["dtype"]), selection=selection)
     if o["dry_run"]:
-        return dry(output, how, vectors=len(pool), tensors=len(pool.tensors()))
+        from devec.api.decompose import prepared
+        from devec.api.plan import plan_decompose
+
+        factoring = choose(choices)[0]
+        stages = plan_decompose(prepared(pool, factoring, o["base"])[0], factoring, engine)
+        return dry(output, how, stages, vectors=len(pool), tensors=len(pool.tensors()))
 
     def approve(findings: Any) -> None:
         if o["strict"]:
@@ -244,7 +251,14 @@ def export(part: str, base: str | None, output: str, as_json: bool, quiet: bool,
     if vector.is_low_rank() and decomposed_side(existing(parse(part).path, part)) == "both":
         show.note(show.BOTH_SIDES, how)
     if o["dry_run"]:
-        return dry(output, how, part=vector.name, tensors=len(vector.deltas))
+        stages = []
+        if base is not None:
+            from devec.api.apply import model_for
+            from devec.api.plan import plan_write
+
+            model = model_for(base, [(1.0, part)], view=options.read_view(o, [part]), **dtypes(o))
+            stages = [plan_write(model, options.engine_of(o), model.out_dtype)]
+        return dry(output, how, stages, part=vector.name, tensors=len(vector.deltas))
     view = options.read_view(o, [part])
     job = Job("devec.api.apply.model_for", {"base": base, "terms": [(1.0, part)], "view": view, **dtypes(o)})
     saving = replace(saving_of("export", o, {"part": part.partition("#")[2], **options.read_time(o)}), job=job)

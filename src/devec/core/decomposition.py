@@ -279,8 +279,8 @@ class Decomposition:
         return self._joined(part)
 
     def _cost(self, tensor: str) -> int:
-        """Bytes that making a part of one tensor takes besides its rows, at most: the bases of all vectors, the subspace
-        and ``Z^T W``, of ranks up to a quarter of the short side."""
+        """Bytes that making a part of one tensor takes besides its rows, at most: bases, the subspace and ``Z^T W``, of
+        ranks up to a quarter of the short side."""
         n, m = self.pool.layout(tensor).matrix_shape
         size = 8 if self.factoring.dtype == "float64" else 4
         return size * (n + m) * min(n, m) // 2

@@ -97,7 +97,7 @@ def working_bytes(shape: tuple[int, int], factoring: Factoring) -> int:
     short, size = min(n, m), 8 if factoring.dtype == "float64" else 4
     rule = RankRule.parse(factoring.rank)
     rank = {"auto": short // 4, "fixed": int(rule.value)}.get(rule.kind, short)
-    spectrum = (3 * n * m + 3 * short * short if size == 8 else 4 * short * short + 1024 * max(n, m)) * 8
+    spectrum = (3 * n * m + 3 * short * short if size == 8 else 4 * short * short + 1024 * short) * 8
     return n * m * size + spectrum + 3 * (n + m) * max(rank, 96) * size
 
 
