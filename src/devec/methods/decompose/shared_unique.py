@@ -89,7 +89,7 @@ def inner_products(block: Block, dtype: torch.dtype) -> dict[tuple[int, int], fl
         rows = {i: delta.rows(start, stop).dense().reshape(-1).to(CORE) for i, delta in filed.items()}
         for i, j in by_rows:
             sums[i, j].append(torch.dot(rows[i], rows[j]))
-    return gram | {pair: float(torch.stack(parts).sum()) for pair, parts in sums.items()}
+    return gram | {pair: float(torch.stack(parts).sum()) if parts else 0.0 for pair, parts in sums.items()}
 
 
 def working_bytes(shape: tuple[int, int], factoring: Factoring) -> int:
@@ -99,8 +99,8 @@ def working_bytes(shape: tuple[int, int], factoring: Factoring) -> int:
     short, size = min(n, m), 8 if factoring.dtype == "float64" else 4
     rule = RankRule.parse(factoring.rank)
     rank = {"auto": short // 4, "fixed": int(rule.value)}.get(rule.kind, short)
-    spectrum = (3 * n * m + 3 * short * short if size == 8 else 4 * short * short + 1024 * max(n, m)) * 8
-    return n * m * size + spectrum + 3 * (n + m) * max(rank, 96) * size
+    spectrum = (3 * n * m + 3 * short * short if size == 8 else 4 * short * short + 1024 * short) * 8
+    return n * m * size + spectrum + 3 * (n + m) * min(max(rank, 96), short) * size
 
 
 def unusable(block: Block, i: int, error: NonFiniteError) -> InputError:
