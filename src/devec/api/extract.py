@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -107,7 +108,7 @@ def difference(base: TensorSource, model: TensorSource, name: str, layout: Layou
 
     def read(start: int, stop: int) -> Tensor:
         rows = model.rows(name, start, stop).to(wide) - widened_rows(base, name, start, stop, wide)
-        return rows.reshape(stop - start, -1)
+        return rows.reshape(stop - start, prod(rows.shape[1:]))
 
     return LazyDelta(layout.matrix_shape, wide, read, transposed=layout.transposed)
 

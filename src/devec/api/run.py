@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -96,6 +96,7 @@ class Filling:
         done = len(names) - len(todo)
         for record in self._results(writer, todo):
             journal.append(record)
+            learn(sources, [record])
             done += 1
             self.progress(done, len(names), record.name)
         check_unchanged(self.run.identity.inputs)
@@ -109,7 +110,7 @@ class Filling:
 
     def _results(self, writer: ShardWriter, names: Sequence[str]) -> Iterator[Finished]:
         if self.engine.executor == "ray":
-            job, folder = portable(self.job), str(writer.folder.absolute())
+            job, folder = portable(self.job, self.run), str(writer.folder.absolute())
             with cluster(self.engine) as there:
                 calls = [(job, self.plan, Path(folder), name) for name in names]
                 for record in there.map(write_tensor_elsewhere, calls):
@@ -162,14 +163,14 @@ def read_ahead(model: TensorSource, name: str) -> tuple[tuple[int, int, int], ..
     return tuple(place for place in places if place is not None)
 
 
-def portable(job: Job | None) -> Job:
-    """The job, or an error where the inputs are tensors in memory."""
+def portable(job: Job | None, run: Run) -> Job:
+    """The job of this run, or an error where the inputs are tensors in memory."""
     if job is None:
         raise UsageError(
             "this cannot be made from files alone in other processes",
             remedy="Decompose to a folder first and apply its parts, or leave out --executor.",
         )
-    return job
+    return replace(job, place=run.identity.place, inputs=run.identity.inputs)
 
 
 def cluster(engine: Engine) -> Cluster:
