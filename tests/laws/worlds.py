@@ -1,8 +1,8 @@
 """Small models on disk that hold every kind of tensor, and adapters: what the laws of the engine are tried on.
 
-``base``, ``a``, ``b``, ``c`` are folders of two shards and an index. The configuration says GPT-2, so that some matrices
-are stored transposed (Conv1D). Three tensors have more than one block of rows. Any two of a kind have directions in
-common and their own.
+``base``, ``a``, ``b``, ``c`` are folders of two shards and an index. The configuration says GPT-2, so that some
+matrices are stored transposed (Conv1D). Three tensors have more than one block of rows. Any two of a kind have
+directions in common and their own.
 """
 
 from __future__ import annotations
