@@ -98,7 +98,8 @@ def working_bytes(shape: tuple[int, int], factoring: Factoring) -> int:
     n, m = shape
     short, size = min(n, m), 8 if factoring.dtype == "float64" else 4
     rule = RankRule.parse(factoring.rank)
-    rank = {"auto": short // 4, "fixed": int(rule.value)}.get(rule.kind, short)
+    side = {"left": n, "right": m, "both": short}[factoring.side]  # auto keeps at most a quarter of this side
+    rank = min({"auto": side // 4, "fixed": int(rule.value)}.get(rule.kind, short), short)
     spectrum = (3 * n * m + 3 * short * short if size == 8 else 4 * short * short + 1024 * short) * 8
     return n * m * size + spectrum + 3 * (n + m) * min(max(rank, 96), short) * size
 
