@@ -47,10 +47,10 @@ demo: $(VENV)/.ready-demo
 	@$(BIN)/devec demo --overwrite $(ARGS)
 
 test: $(VENV)/.ready-dev
-	@$(PYTEST) -n $(WORKERS) --maxprocesses 4 -m "not slow" $(ARGS)
+	@$(PYTEST) -n $(WORKERS) --maxprocesses 4 --dist loadgroup -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.ready-dev
-	@$(PYTEST) -n $(WORKERS) --maxprocesses 4 -m slow $(ARGS)
+	@$(PYTEST) -n $(WORKERS) --maxprocesses 4 --dist loadgroup -m slow $(ARGS)
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -113,7 +114,7 @@ def difference(base: TensorSource, model: TensorSource, name: str, layout: Layou
         before, stored = widened_rows(base, name, start, stop, wide), model.rows(name, start, stop)
         tuned = stored.to(wide)
         rows = tuned - before if tuned is stored else tuned.sub_(before)  # the widened copy is nobody else's
-        return rows.reshape(stop - start, -1)
+        return rows.reshape(stop - start, prod(rows.shape[1:]))
 
     return LazyDelta(layout.matrix_shape, wide, read, transposed=layout.transposed)
 

@@ -169,6 +169,7 @@ class Factored:
         done = len(mine) - len(todo)
         for record in self._results(todo, place, sources):
             journal.append(record)
+            learn(sources, [record])
             done += 1
             self.progress(done, len(mine), record.name)
         check_unchanged(self.run.identity.inputs)
@@ -184,7 +185,7 @@ class Factored:
         self, names: Sequence[str], place: Mapping[str, Path], sources: Sequence[Checkpoint]
     ) -> Iterator[Finished]:
         if self.engine.executor == "ray":
-            job = portable(self.job)
+            job = portable(self.job, self.run)
             with cluster(self.engine) as there:
                 calls = [(job, self.factoring, name, place[name]) for name in names]
                 yield from there.map(factor_elsewhere, calls)

@@ -7,6 +7,7 @@ dotted name, opens the files anew from the :class:`Job` and keeps what it has op
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import chdir
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import import_module
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from devec.api.edit import Edited
 from devec.core.contracts import TensorSource
+from devec.core.errors import InputError
 from devec.core.lazy import BLOCK, row_blocks
 from devec.core.vectors import TaskVector, cost_of
 from devec.engine.stream import Check
@@ -32,18 +34,28 @@ class Job:
     """How another process makes the same result: a top-level function by its dotted name, and its arguments.
 
     Arguments are what a user typed (references, numbers, names) and frozen choices; a result that was made from
-    tensors in memory has no job, and its work stays in its own process.
+    tensors in memory has no job, and its work stays in its own process. ``place`` is the folder that references are
+    relative to, ``inputs`` the files with their sizes and times: a worker that lives on opens changed files anew.
     """
 
     function: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    place: str = ""
+    inputs: Mapping[str, list[int]] = field(default_factory=dict)
 
     def key(self) -> str:
-        return repr((self.function, sorted(self.arguments.items(), key=lambda item: item[0])))
+        return repr((self.function, sorted(self.arguments.items()), self.place, sorted(self.inputs.items())))
 
     def make(self) -> Any:
+        """Raises InputError where this machine does not have ``place``."""
         module, _, name = self.function.rpartition(".")
-        return getattr(import_module(module), name)(**self.arguments)
+        if self.place and not Path(self.place).is_dir():
+            raise InputError(
+                "a worker does not see the folder that the command was given in", file=self.place,
+                remedy="Give the machines of the cluster one file system, or use --executor threads.",
+            )
+        with chdir(self.place or "."):
+            return getattr(import_module(module), name)(**self.arguments)
 
 
 def no_check() -> None:

@@ -97,6 +97,7 @@ class Filling:
         done = len(names) - len(todo)
         for record in self._results(writer, todo):
             journal.append(record)
+            learn(sources, [record])
             done += 1
             self.progress(done, len(names), record.name)
         check_unchanged(self.run.identity.inputs)
@@ -110,7 +111,7 @@ class Filling:
 
     def _results(self, writer: ShardWriter, names: Sequence[str]) -> Iterator[Finished]:
         if self.engine.executor == "ray":
-            job, folder = portable(self.job), str(writer.folder.absolute())
+            job, folder = portable(self.job, self.run), str(writer.folder.absolute())
             with cluster(self.engine) as there:
                 calls = [(job, self.plan, Path(folder), name) for name in names]
                 for record in there.map(write_tensor_elsewhere, calls):
@@ -163,14 +164,15 @@ def read_ahead(model: TensorSource, name: str) -> tuple[tuple[int, int, int], ..
     return tuple(place for place in places if place is not None)
 
 
-def portable(job: Job | None) -> Job:
-    """The job with ids of the Hub at the commits that this process read, or an error where there is none."""
+def portable(job: Job | None, run: Run) -> Job:
+    """The job of this run with ids of the Hub at the commits that this process read, or an error where there is none."""
     if job is None:
         raise UsageError(
             "this cannot be made from files alone in other processes",
             remedy="Decompose to a folder first and apply its parts, or leave out --executor.",
         )
-    return replace(job, arguments={k: _pinned(v) if k in REFERENCES else v for k, v in job.arguments.items()})
+    pinned = {k: _pinned(v) if k in REFERENCES else v for k, v in job.arguments.items()}
+    return replace(job, arguments=pinned, place=run.identity.place, inputs=run.identity.inputs)
 
 
 REFERENCES = frozenset({"base", "sources", "terms", "references"})

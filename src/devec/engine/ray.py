@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -84,15 +86,24 @@ class Cluster:
     def _result(self, reference: Any) -> Any:
         ray = self._ray
         try:
-            return ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            raise cause if isinstance(cause, Exception) else error from None
+            found = ray.get(reference)
+        except ray.exceptions.RayTaskError:
+            raise
         except ray.exceptions.RayError as error:
             raise RefusedError(
                 f"a worker of the cluster was lost more than {RETRIES} times", values={"reason": _first_line(error)},
                 remedy="Look at the cluster (memory?).", passing=True,
             ) from error
+        if isinstance(found, _Raised):
+            raise found.error
+        return found
+
+
+@dataclass(frozen=True)
+class _Raised:
+    """An error of a call, sent back as a value: Ray would print those that nobody waits for any more."""
+
+    error: Exception
 
 
 def _call(name: str, arguments: tuple[Any, ...]) -> Any:
@@ -102,8 +113,12 @@ def _call(name: str, arguments: tuple[Any, ...]) -> Any:
     from devec.linalg.numerics import one_blas_thread
 
     module, _, attribute = name.rpartition(".")
-    with one_blas_thread():
-        return getattr(import_module(module), attribute)(*arguments)
+    try:
+        with one_blas_thread():
+            return getattr(import_module(module), attribute)(*arguments)
+    except Exception as error:
+        error.add_note(f"In a worker of the cluster:\n{traceback.format_exc()}")  # tracebacks are not sent
+        return _Raised(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -375,7 +376,8 @@ def read_task_vector(folder: Path, dtype: torch.dtype = torch.float32, pinned: s
         layout, wide = layouts[n], torch.promote_types(dtype, file.info(n).dtype)
 
         def read(start: int, stop: int) -> Tensor:
-            return file.rows(n, start, stop).to(wide).reshape(stop - start, -1)
+            rows = file.rows(n, start, stop).to(wide)
+            return rows.reshape(stop - start, prod(rows.shape[1:]))
 
         return LazyDelta(layout.matrix_shape, wide, read, transposed=layout.transposed)
 

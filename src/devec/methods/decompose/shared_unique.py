@@ -87,7 +87,7 @@ def inner_products(block: Block, dtype: torch.dtype) -> dict[tuple[int, int], fl
         rows = {i: delta.rows(start, stop).dense().reshape(-1).to(CORE) for i, delta in filed.items()}
         for i, j in by_rows:
             sums[i, j].append(torch.dot(rows[i], rows[j]))
-    return gram | {pair: float(torch.stack(parts).sum()) for pair, parts in sums.items()}
+    return gram | {pair: float(torch.stack(parts).sum()) if parts else 0.0 for pair, parts in sums.items()}
 
 
 def working_bytes(shape: tuple[int, int], factoring: Factoring) -> int:
@@ -96,9 +96,16 @@ def working_bytes(shape: tuple[int, int], factoring: Factoring) -> int:
     n, m = shape
     short, size = min(n, m), 8 if factoring.dtype == "float64" else 4
     rule = RankRule.parse(factoring.rank)
-    rank = {"auto": short // 4, "fixed": int(rule.value)}.get(rule.kind, short)
+    side = {"left": n, "right": m, "both": short}[factoring.side]  # auto keeps at most a quarter of this side
+    rank = min({"auto": side // 4, "fixed": int(rule.value)}.get(rule.kind, short), short)
     spectrum = (3 * n * m + 3 * short * short if size == 8 else 4 * short * short + 1024 * short) * 8
-    return n * m * size + spectrum + 3 * (n + m) * max(rank, 96) * size
+    return n * m * size + spectrum + 3 * (n + m) * min(max(rank, 96), short) * size
+
+
+def kept(factors: ThinSVD, low_rank: bool, factoring: Factoring) -> ThinSVD:
+    """What of one vector's factors a decomposition keeps."""
+    # The long side of a dense delta costs as much memory as U; side left never asks for it.
+    return factors if factoring.side != "left" or low_rank else replace(factors, V=factors.V[:, :0].clone())
 
 
 def kept(factors: ThinSVD, low_rank: bool, factoring: Factoring) -> ThinSVD:
