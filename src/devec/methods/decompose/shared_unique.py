@@ -11,6 +11,7 @@ from devec.core.delta import Delta, LowRankDelta
 from devec.core.errors import InputError
 from devec.core.options import Factoring
 from devec.core.results import TensorFactors
+from devec.core.spectra import wanted_pairs
 from devec.linalg.lowrank import ThinSVD, svd_of_dense, svd_of_product
 from devec.linalg.numerics import NonFiniteError
 from devec.linalg.rank import RankRule
@@ -67,7 +68,9 @@ def shared_unique(block: Block, factoring: Factoring | None = None) -> TensorFac
             # The long side of a dense delta costs as much memory as U; side left never asks for it.
             keep_right = factoring.side != "left" or i in low_rank
             svd[i] = factors if keep_right else replace(factors, V=factors.V[:, :0].clone())
-    gram = {(i, j): deltas[i].inner(deltas[j]) for i in deltas for j in deltas if i <= j}
+    target = None if factoring.target is None else block.vectors.index(factoring.target)
+    pairs = sorted([*((i, i) for i in deltas), *wanted_pairs(list(deltas), target)])
+    gram = {(i, j): deltas[i].inner(deltas[j]) for i, j in pairs}
     return TensorFactors(block.name, block.layout, svd, norms, gram, frozenset(low_rank))
 
 
