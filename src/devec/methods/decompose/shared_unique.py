@@ -9,9 +9,9 @@ import torch
 from devec.core.block import Block
 from devec.core.delta import Delta, LowRankDelta
 from devec.core.errors import InputError
+from devec.core.gram import inner_products
 from devec.core.options import Factoring
 from devec.core.results import TensorFactors
-from devec.core.spectra import wanted_pairs
 from devec.linalg.lowrank import ThinSVD, svd_of_dense, svd_of_product
 from devec.linalg.numerics import NonFiniteError
 from devec.linalg.rank import RankRule
@@ -69,8 +69,7 @@ def shared_unique(block: Block, factoring: Factoring | None = None) -> TensorFac
             keep_right = factoring.side != "left" or i in low_rank
             svd[i] = factors if keep_right else replace(factors, V=factors.V[:, :0].clone())
     target = None if factoring.target is None else block.vectors.index(factoring.target)
-    pairs = sorted([*((i, i) for i in deltas), *wanted_pairs(list(deltas), target)])
-    gram = {(i, j): deltas[i].inner(deltas[j]) for i, j in pairs}
+    gram = inner_products(deltas, target)
     return TensorFactors(block.name, block.layout, svd, norms, gram, frozenset(low_rank))
 
 
