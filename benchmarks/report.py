@@ -143,26 +143,26 @@ def markdown(figures: Figures) -> str:
     return "\n".join(
         [
             f"Machine: {in_words(figures.machine)}. {in_threads(figures.threads)}.\n",
-            _grid(COLUMNS, [cells(row) for row in figures.rows]),
+            grid(COLUMNS, [cells(row) for row in figures.rows]),
             "Where devec's time goes (last repeat):\n",
-            _grid(STAGES, stage_lines(figures.rows)),
+            grid(STAGES, stage_lines(figures.rows)),
             "Threads and devices:\n",
-            _grid(TIMINGS, timing_lines(figures.timings)),
+            grid(TIMINGS, timing_lines(figures.timings)),
             "A family of adapters:\n",
-            _grid(FAMILY, family_lines(figures.family)),
+            grid(FAMILY, family_lines(figures.family)),
         ]
     )
 
 
-def _grid(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+def grid(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
     all_lines = [header, tuple("---" for _ in header), *lines]
     return "".join("| " + " | ".join(line) + " |\n" for line in all_lines)
 
 
-def write_results(text: str, path: Path = HERE / "RESULTS.md") -> None:
-    """Replace the generated section of ``path``, and nothing else."""
-    before, begin, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path.name} lacks the lines {BEGIN} and {END}")
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+def write_results(text: str, path: Path = HERE / "RESULTS.md", *, begin: str = BEGIN, end: str = END) -> None:
+    """Replace what stands in ``path`` between the lines ``begin`` and ``end``, and nothing else."""
+    before, found, rest = path.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{path.name} lacks the lines {begin} and {end}")
+    path.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
