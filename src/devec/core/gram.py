@@ -13,9 +13,8 @@ Pair = tuple[int, int]
 
 
 def inner_products(deltas: Mapping[int, Delta], target: int | None = None) -> dict[Pair, float]:
-    """``<Delta_i, Delta_j>`` for i <= j in float64: of all pairs, or with a ``target`` of each delta with itself and
-    with the target. Factors never become dense against factors. Cost: ``(n + m) r^2`` a pair of factors, ``n m`` a pair
-    of matrices.
+    """``<Delta_i, Delta_j>`` for i <= j in float64: of all pairs, or with a ``target`` of the target with each other.
+    Factors never become dense against factors. Cost: ``(n + m) r^2`` a pair of factors, ``n m`` a pair of matrices.
     """
     members = sorted(deltas)
     low = [i for i in members if isinstance(deltas[i], LowRankDelta)]
@@ -26,7 +25,6 @@ def inner_products(deltas: Mapping[int, Delta], target: int | None = None) -> di
         found |= _upper(other, inner_of_many_dense([deltas[i].dense() for i in other]))
         mixed = [(min(i, j), max(i, j)) for i in low for j in other]
     else:
-        found |= {(i, i): deltas[i].inner(deltas[i]) for i in members}
         mixed = [(min(i, target), max(i, target)) for i in members if target in deltas and i != target]
     found |= {(i, j): deltas[i].inner(deltas[j]) for i, j in mixed}
     return dict(sorted(found.items()))

@@ -69,7 +69,8 @@ def shared_unique(block: Block, factoring: Factoring | None = None) -> TensorFac
             keep_right = factoring.side != "left" or i in low_rank
             svd[i] = factors if keep_right else replace(factors, V=factors.V[:, :0].clone())
     target = None if factoring.target is None else block.vectors.index(factoring.target)
-    gram = inner_products(deltas, target)
+    gram = {(i, i): norm * norm for i, norm in norms.items()} | inner_products(deltas, target)
+    gram = dict(sorted(gram.items()))
     return TensorFactors(block.name, block.layout, svd, norms, gram, frozenset(low_rank))
 
 
