@@ -100,7 +100,8 @@ def main(quick: bool, write: bool) -> None:
     if write:
         cost_report.write(figures)
         for kind in ("low-rank", "dense"):
-            console.print(f"wrote {cost_figure.draw([c for c in found if c.kind == kind], kind)}")
+            path = cost_figure.draw([c for c in found if c.kind == kind], kind)
+            console.print(f"wrote docs/img/{path.name}")
 
 
 if __name__ == "__main__":
