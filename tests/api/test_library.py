@@ -93,6 +93,11 @@ def test_compare_against_dense_numbers(llama: Models) -> None:
     assert pair["tensors"] == 6 and d.vectors == ("la", "lb")
 
 
+def test_compare_refuses_the_mode_that_leaves_pairs_out(llama: Models) -> None:
+    with pytest.raises(UsageError, match="every pair"):
+        devec.compare([llama.la, llama.lb], mode="target", target="la")
+
+
 def test_merge_and_mix_are_lazy_task_vectors(llama: Models) -> None:
     merged = devec.merge("task-arithmetic", [llama.la, llama.lb], parameters={"scale": 2.0})
     A, B = deltas(llama.la), deltas(llama.lb)

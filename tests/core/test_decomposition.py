@@ -237,3 +237,11 @@ def test_pairwise_unique_is_the_target_of_each() -> None:
         alone = decomposed(pool(*values), dtype="float64", rank="none", mode="target", target=name)
         assert torch.allclose(dense(together.unique(name)), dense(alone.unique(name)), atol=1e-12)
         assert together.shared_energy("w", i) == pytest.approx(alone.shared_energy("w", i), abs=1e-12)
+
+
+def test_what_all_share_is_assembled_once_for_all_parts_and_anew_under_another_view() -> None:
+    U = bases_at_common_angle(N, 4, [0.0, 12.0], 3, 0)
+    d = decomposed(pool(*(matrix_on(B, M, i) for i, B in enumerate(U))), rank="none", mode="joint", dtype="float64")
+    assert d.joint_subspace("w", "left") is d.joint_subspace("w", "left") is d.removed("w", "left", 2)
+    strict = d.with_view(threshold=0.99)
+    assert (d.joint_subspace("w", "left").shape[1], strict.joint_subspace("w", "left").shape[1]) == (2, 1)

@@ -110,6 +110,24 @@ def test_a_base_that_is_the_mean_of_its_fine_tunes() -> None:
     assert "base-is-mean" not in found(torch.zeros(N, M), torch.zeros(N, M)), "zeros are reported as zeros"
 
 
+def test_in_mode_target_a_mean_base_is_still_seen_and_a_negated_target_is_none() -> None:
+    """Only the target's inner products are kept there: they vanish in both cases, the sum of the vectors in one."""
+    target = {"mode": "target", "target": "B"}
+    models = [torch.randn(N, M, generator=generator(i)) for i in range(4)]
+    mean = sum(models) / 4  # type: ignore[arg-type]
+    assert "base-is-mean" in found(*[m - mean for m in models], rank=8, **target)
+    assert "base-is-mean" not in found(*models, rank=8, **target)
+    assert "base-is-mean" not in found(models[0], models[1], -models[1], rank=8, **target)
+
+
+def test_in_mode_target_a_seed_counts_if_the_target_has_it() -> None:
+    common = lora(0)[1]
+    same_seed = [(lora(10 + i)[0], common + 0.02 * torch.randn(R, M, generator=generator(i)) / M**0.5) for i in (1, 2)]
+    values = (lora(30), *same_seed)
+    assert "shared-seed" in found(*values, mode="target", target="C")
+    assert "shared-seed" not in found(*values, mode="target", target="A")
+
+
 def test_a_shared_seed_of_lora_a() -> None:
     common = lora(0)[1]
     tuned = [common + 0.02 * torch.randn(R, M, generator=generator(i)) / M**0.5 for i in (1, 2, 3)]

@@ -110,6 +110,26 @@ def test_vectors_that_do_not_belong_together_are_refused() -> None:
     assert Pool((a, unknown_base)).names == ("a", "b")
 
 
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_one_odd_vector_anywhere_in_a_pool_is_found(place: int) -> None:
+    """Also where neither the first vector nor any one vector knows everything that the odd one contradicts."""
+    base = Origin(base_fingerprint="f" * 64)
+    others = [
+        vector("a", {"x": random(0)}),
+        vector("b", {"y": random(1)}, origin=base),
+        vector("c", {"x": random(2), "z": random(3)}),
+    ]
+    odd = {
+        "bases": vector("odd", {"x": random(4)}, origin=Origin(base_fingerprint="e" * 64)),
+        "spaces": vector("odd", {"x": random(4)}, space="tangent"),
+        "shapes": vector("odd", {"z": random(4, 5, 6), "y": random(5)}),
+    }
+    Pool(tuple(others))
+    for match, vector_ in odd.items():
+        with pytest.raises(IncompatibleError, match=match):
+            Pool((*others[:place], vector_, *others[place:]))
+
+
 def test_names_of_a_pool_are_unique_and_can_be_written_in_references() -> None:
     with pytest.raises(UsageError, match="two vectors"):
         Pool((vector("a", {"x": random(0)}), vector("a", {"x": random(1)})))

@@ -256,7 +256,8 @@ def test_the_next_units_are_read_ahead_in_order_and_not_too_far(
     lead: list[int] = []
 
     def work(key: int, check: Check) -> None:
-        while key < 99 and not (advice and advice[-1][1] >= 400 * (key + 1)):  # the next unit is on its way while this one computes
+        # the next unit is on its way while this one computes
+        while key < 99 and not (advice and advice[-1][1] >= 400 * (key + 1)):
             time.sleep(0.0005)
         lead.append(len(advice) // 2 - key)
 

@@ -73,6 +73,15 @@ def test_norms_and_inner_products_are_of_the_whole_deltas() -> None:
             assert factors.gram[i, j] == pytest.approx(exact, rel=1e-9)
 
 
+def test_a_target_is_held_against_every_other_vector_and_those_not_against_each_other() -> None:
+    """So its cost is linear in the pool; a thousand adapters have 499,500 pairs and 999 with the target."""
+    values = [matrix(i, 40, 30) for i in range(5)]
+    everything = shared_unique(block(values), Factoring(rank="2")).gram
+    own = shared_unique(block(values), Factoring(rank="2", mode="target", target="C")).gram
+    assert set(own) == {(i, i) for i in range(5)} | {(0, 2), (1, 2), (2, 3), (2, 4)}
+    assert own == pytest.approx({pair: everything[pair] for pair in own}, rel=1e-12, abs=1e-12)
+
+
 def test_the_cap_of_auto_follows_the_side() -> None:
     g = generator(3)
     W = torch.randn(200, 30, generator=g) @ torch.randn(30, 60, generator=g)

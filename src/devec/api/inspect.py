@@ -205,6 +205,8 @@ def compare(
     (``median_over_edge``, each tensor to its own), ``largest``, and how many directions stand above chance
     (``p < 0.01`` each, uncorrected) of how many.
     """
+    if choices.get("mode") == "target":
+        raise UsageError("compare looks at every pair, mode target at the target's alone", remedy="Leave mode out.")
     d = decompose(sources, base=base, selection=selection, progress=progress, **choices)
     gram = total_gram(d)
     k = len(d.vectors)

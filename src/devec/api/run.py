@@ -165,7 +165,7 @@ def read_ahead(model: TensorSource, name: str) -> tuple[tuple[int, int, int], ..
 
 
 def portable(job: Job | None, run: Run) -> Job:
-    """The job of this run with ids of the Hub at the commits that this process read, or an error where there is none."""
+    """The job of this run, ids of the Hub at the commits that this process read; an error where there is none."""
     if job is None:
         raise UsageError(
             "this cannot be made from files alone in other processes",

@@ -97,8 +97,15 @@ class Decomposition:
         return self._assembled(tensor, side, self.pair_coefficients(tensor, side, pair, owner))
 
     def joint_subspace(self, tensor: str, side: str) -> Tensor:
-        """Orthonormal Z of what all vectors share (Eq. 8-10 for k vectors, or the consensus)."""
-        return self._assembled(tensor, side, self.joint_coefficients(tensor, side))
+        """Orthonormal Z of what all vectors share (Eq. 8-10 for k vectors, or the consensus). Kept: a consensus is
+        assembled from the bases of all k vectors, and every one of the k parts needs it."""
+        if (tensor, side) not in self._joint_bases:
+            self._joint_bases[tensor, side] = self._assembled(tensor, side, self.joint_coefficients(tensor, side))
+        return self._joint_bases[tensor, side]
+
+    @cached_property
+    def _joint_bases(self) -> dict[tuple[str, str], Tensor]:
+        return {}
 
     def pair_coefficients(self, tensor: str, side: str, pair: Pair, owner: int | None = None) -> subspace.Coefficients:
         """:meth:`pair_subspace` as ``{i: C_i}`` with ``Z = sum_i U_i C_i`` over vector indices."""
@@ -157,12 +164,18 @@ class Decomposition:
     def removed(self, tensor: str, side: str, vector: int) -> Tensor | None:
         """Orthonormal Z whose projection is taken out of ``vector`` to leave its unique part; ``None`` if nothing."""
         with one_blas_thread():
+            if self.factoring.mode == "joint" and self._takes_part(tensor, side, vector):
+                Z = self.joint_subspace(tensor, side)
+                return Z if Z.shape[1] else None
             coefficients = self.removed_coefficients(tensor, side, vector)
             return None if coefficients is None else self._assembled(tensor, side, coefficients)
 
+    def _takes_part(self, tensor: str, side: str, vector: int) -> bool:
+        return (tensor, side) in self.algebra and vector in self.tensors[tensor].svd
+
     def removed_coefficients(self, tensor: str, side: str, vector: int) -> subspace.Coefficients | None:
         """:meth:`removed` as ``{i: C_i}``."""
-        if (tensor, side) not in self.algebra or vector not in self.tensors[tensor].svd:
+        if not self._takes_part(tensor, side, vector):
             return None
         if self.factoring.mode == "joint":
             found = self.joint_coefficients(tensor, side)

@@ -12,6 +12,7 @@ from statistics import median
 
 from devec.core.decomposition import Decomposition
 from devec.core.results import Finding
+from devec.core.spectra import wanted_pairs
 from devec.core.vectors import Pool
 
 NEAR_DUPLICATE = 0.95
@@ -77,12 +78,23 @@ def decomposition_findings(d: Decomposition) -> list[Finding]:
 
 
 def total_gram(d: Decomposition) -> dict[tuple[int, int], float]:
-    """``<tau_i, tau_j>`` over all decomposed tensors."""
+    """``<tau_i, tau_j>`` over all decomposed tensors; in mode target of the pairs that hold the target."""
     total: dict[tuple[int, int], float] = defaultdict(float)
     for t in d.tensors.values():
         for pair, value in t.gram.items():
             total[pair] += value
     return dict(total)
+
+
+def _whole_gram(d: Decomposition) -> dict[tuple[int, int], float]:
+    """:func:`total_gram` of all pairs, from the deltas themselves."""
+    total: dict[tuple[int, int], float] = defaultdict(float)
+    for n in d.tensors:
+        deltas = [(i, v.deltas[n]) for i, v in enumerate(d.pool) if n in v.deltas]
+        for a, (i, first) in enumerate(deltas):
+            for j, second in deltas[a:]:
+                total[i, j] += first.inner(second)
+    return total
 
 
 def _norms(d: Decomposition) -> list[float]:
@@ -149,6 +161,12 @@ def _mean_base(d: Decomposition) -> list[Finding]:
     gram, norms = total_gram(d), _norms(d)
     if len(norms) < 2 or sum(norms) == 0.0:
         return []
+    if d.target is not None and len(norms) > 2:
+        # Where the vectors sum to zero, so do their inner products with the target: only then is the rest worth making.
+        row = sum(v for pair, v in gram.items() if d.target in pair)
+        if abs(row) > norms[d.target] * min(MEAN_BASE * sum(norms), norms[d.target] / 4):
+            return []
+        gram = _whole_gram(d)
     square = sum(v if i == j else 2 * v for (i, j), v in gram.items())
     if sqrt(max(square, 0.0)) > MEAN_BASE * sum(norms):
         return []
@@ -167,13 +185,14 @@ def _shared_seed(d: Decomposition) -> list[Finding]:
 
     by_pair: dict[tuple[int, int], list[tuple[str, float, float]]] = defaultdict(list)
     for n, t in d.tensors.items():
-        members = [i for i in t.members if i in t.low_rank and t.svd[i].rank]
-        for a, i in enumerate(members):
-            for j in members[a + 1 :]:
-                right = float(pair_spectrum(t.svd[i].V.T @ t.svd[j].V).eigenvalues[0])
-                if right > SEED_OVERLAP:
-                    left = float(pair_spectrum(t.svd[i].U.T @ t.svd[j].U).eigenvalues[0])
-                    by_pair[i, j].append((n, right, left))
+        for i, j in wanted_pairs([i for i in t.members if i in t.low_rank and t.svd[i].rank], d.target):
+            M = t.svd[i].V.T @ t.svd[j].V
+            if float((M * M).sum()) <= SEED_OVERLAP:  # the sum of all eigenvalues
+                continue
+            right = float(pair_spectrum(M).eigenvalues[0])
+            if right > SEED_OVERLAP:
+                left = float(pair_spectrum(t.svd[i].U.T @ t.svd[j].U).eigenvalues[0])
+                by_pair[i, j].append((n, right, left))
     flagged: dict[tuple[int, int], list[tuple[str, float, float]]] = {}
     for (i, j), rows in by_pair.items():
         common = sum(1 for t in d.tensors.values() if {i, j} <= (set(t.svd) & t.low_rank))

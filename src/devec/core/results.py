@@ -49,6 +49,7 @@ class TensorFactors:
                  delta, have none and take no part in this tensor
     ``norms[i]`` Frobenius norm of the whole delta
     ``gram``     inner products ``<Delta_i, Delta_j>`` of the whole deltas, for i <= j, of vectors that have the tensor
+                 (in mode target: of each with itself and with the target)
     ``low_rank`` vectors whose delta came as factors
     """
 

@@ -149,7 +149,8 @@ def _against(p: Chance, threshold: float | str, edge: float, tie: float) -> Spec
 
 def _joint(a: SideAlgebra, n: int, view: View, tie: float) -> Spectrum:
     ranks, k = a.overlaps.ranks, a.overlaps.k
-    edge = max(chance.edge(ranks[i], ranks[j], n) for i in range(k) for j in range(i + 1, k))
+    second, first = sorted(ranks)[-2:]
+    edge = chance.edge(first, second, n)  # the largest of all pairs: it grows with either rank
     chain = isinstance(a.joint, subspace.ChainSpectrum)
     p = a.chances[None]
     if isinstance(view.threshold, str):

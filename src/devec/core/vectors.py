@@ -213,12 +213,41 @@ def analogy(a: TaskVector, b: TaskVector, c: TaskVector) -> TaskVector:
 
 def check_pair(a: TaskVector, b: TaskVector) -> None:
     """Refuse two vectors that cannot be added: another space, another base, or a tensor of unlike shape."""
+    _check_space(a, b)
+    _check_base(a, b)
+    for n in a.deltas:
+        if n in b.layouts:
+            _check_shape(a, b, n)
+
+
+def check_all(vectors: Sequence[TaskVector]) -> None:
+    """:func:`check_pair` of all pairs at a cost linear in the vectors: being alike is transitive, so each is held
+    against the first that has what is compared."""
+    first_with_base: TaskVector | None = None
+    first_with: dict[str, TaskVector] = {}
+    for v in vectors:
+        _check_space(vectors[0], v)
+        if first_with_base is not None:
+            _check_base(first_with_base, v)
+        elif v.origin.has_base():
+            first_with_base = v
+        for n in v.layouts:
+            if n in first_with:
+                _check_shape(first_with[n], v, n)
+        for n in v.deltas:
+            first_with.setdefault(n, v)
+
+
+def _check_space(a: TaskVector, b: TaskVector) -> None:
     if a.space != b.space:
         raise IncompatibleError(
             "vectors live in different spaces",
             values={a.name: a.space, b.name: b.space},
             remedy="Use vectors of one kind of fine-tuning.",
         )
+
+
+def _check_base(a: TaskVector, b: TaskVector) -> None:
     if not a.origin.same_base(b.origin):
         raise IncompatibleError(
             "vectors were taken against different bases",
@@ -226,15 +255,17 @@ def check_pair(a: TaskVector, b: TaskVector) -> None:
             file=b.origin.file,
             remedy="Extract both against the same base.",
         )
-    for n in a.deltas:
-        if n in b.layouts and a.layouts[n].matrix_shape != b.layouts[n].matrix_shape:
-            raise IncompatibleError(
-                "a common tensor has unlike shapes",
-                tensor=n,
-                values={a.name: a.layouts[n].matrix_shape, b.name: b.layouts[n].matrix_shape},
-                file=b.origin.file,
-                remedy="Leave it out with --exclude, or use vectors of one architecture.",
-            )
+
+
+def _check_shape(a: TaskVector, b: TaskVector, tensor: str) -> None:
+    if a.layouts[tensor].matrix_shape != b.layouts[tensor].matrix_shape:
+        raise IncompatibleError(
+            "a common tensor has unlike shapes",
+            tensor=tensor,
+            values={a.name: a.layouts[tensor].matrix_shape, b.name: b.layouts[tensor].matrix_shape},
+            file=b.origin.file,
+            remedy="Leave it out with --exclude, or use vectors of one architecture.",
+        )
 
 
 @dataclass(frozen=True)
@@ -258,9 +289,7 @@ class Pool:
                     remedy="Give it a name: name=PATH.",
                 )
             seen[v.name] = v
-        for i, a in enumerate(self.vectors):
-            for b in self.vectors[i + 1 :]:
-                check_pair(a, b)
+        check_all(self.vectors)
 
     @property
     def names(self) -> tuple[str, ...]:

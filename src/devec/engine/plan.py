@@ -1,4 +1,4 @@
-"""What a run will cost, said before it starts: from headers alone, and a fifth of a second of measuring this machine."""
+"""What a run will cost, said before it starts, from headers alone and a fifth of a second of measuring this machine."""
 
 from __future__ import annotations
 

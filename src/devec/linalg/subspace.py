@@ -263,7 +263,12 @@ def union_coefficients(shared: Sequence[Tensor], leak: Sequence[float], rank: in
     while Q.shape[1] < rank:
         leaking: list[tuple[Tensor, float]] = []
         for A, bound in columns:
+            if Q.shape[1] == 0 and bound < 1.0:  # nothing is covered: A is its own residual, and orthonormal
+                leaking.append((A, bound))
+                continue
             rest = A - Q @ (Q.T @ A)
+            if float((rest * rest).sum()) <= bound:  # the sum of all s^2
+                continue
             u, s, _ = torch.linalg.svd(rest, full_matrices=False)
             # A hair above the bound: a direction that was just added leaves rounding, never more.
             out = s * s > bound + 1e-9

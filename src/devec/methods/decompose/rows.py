@@ -24,6 +24,7 @@ from devec.core.errors import UsageError
 from devec.core.layout import Layout
 from devec.core.options import Factoring, View
 from devec.core.results import TensorFactors
+from devec.core.spectra import wanted_pairs
 from devec.core.vectors import Pool, TaskVector
 from devec.linalg.lowrank import ThinSVD
 from devec.linalg.numerics import CORE, NonFiniteError, compute_dtype, one_blas_thread, peak
@@ -94,7 +95,8 @@ class SharedUniqueRows:
                 M_ij = X_i^T G_ij X_j = U_i^T U_j -> coefficients C_i          (as for whole matrices)
                 Z = sum_i T_i X_i C_i, Z^T W_i = sum_j (X_j C_j)^T G_ji R_i
                 shared_i = Z (Z^T W_i), unique_i = W_i - shared_i              (second pass, row by row)
-    Shapes      state: (m, m) per pair of dense deltas, (r_i, r_j) per pair of factored ones, never anything with n
+    Shapes      state: (m, m) per pair of dense deltas, (r_i, r_j) per pair of factored ones, never anything with n;
+                mode target: only pairs that hold the target
     Guarantees  split: any blocks of rows in any order give one result up to float64 rounding;
                 equal: to the whole-matrix form, within ``RowSolution.error``;
                 rank: factors in, factors out with no rank added
@@ -126,7 +128,9 @@ class SharedUniqueRows:
             if A is not None:
                 _check(A, block, i)
         width = {i: columns if A is None else A.shape[0] for i, A in right.items()}
-        grams = {(i, j): torch.zeros(width[i], width[j], dtype=CORE) for i in width for j in width if i <= j}
+        target = None if self.factoring.target is None else block.vectors.index(self.factoring.target)
+        pairs = sorted([*((i, i) for i in width), *wanted_pairs(list(width), target)])
+        grams = {(i, j): torch.zeros(width[i], width[j], dtype=CORE) for i, j in pairs}
         return RowState(block.name, block.vectors, columns, right, grams)
 
     def update(self, state: RowState, part: Block) -> RowState:
@@ -227,6 +231,8 @@ class SharedUniqueRows:
         blocks = {}
         for a, i in enumerate(members):
             for b, j in enumerate(members[a + 1 :], start=a + 1):
+                if (i, j) not in state.grams:  # mode target: no pair without the target
+                    continue
                 left, right = bases[i], bases[j]
                 if self.factoring.side == "left":
                     blocks[a, b] = left.X.T @ state.grams[i, j] @ right.X

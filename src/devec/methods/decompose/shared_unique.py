@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from devec.core.block import Block
 from devec.core.delta import Delta, LowRankDelta
 from devec.core.errors import InputError
-from devec.core.lazy import in_file, is_dense, row_blocks
+from devec.core.gram import inner_products
 from devec.core.options import Factoring
 from devec.core.results import TensorFactors
 from devec.linalg.lowrank import ThinSVD, svd_of_dense, svd_of_product
-from devec.linalg.numerics import CORE, NonFiniteError
+from devec.linalg.numerics import NonFiniteError
 from devec.linalg.rank import RankRule
 from devec.methods.registry import register
 
@@ -66,28 +65,11 @@ def shared_unique(block: Block, factoring: Factoring | None = None) -> TensorFac
             low_rank.add(i)
         if factors.rank:
             svd[i] = kept(factors, i in low_rank, factoring)
-    return TensorFactors(block.name, block.layout, svd, norms, inner_products(block, dtype), frozenset(low_rank))
-
-
-def inner_products(block: Block, dtype: torch.dtype) -> dict[tuple[int, int], float]:
-    """``<Delta_i, Delta_j>`` for i <= j, in float64. Dense deltas are gone through by blocks of rows, all at once, so
-    that ones which are read when asked for are never whole; factors never become dense among themselves."""
-    deltas = {i: delta.to(dtype) for i, delta in enumerate(block.deltas) if delta is not None}
-    gram = {
-        (i, j): deltas[i].inner(deltas[j])
-        for i in deltas for j in deltas if i <= j and not (is_dense(deltas[i]) or is_dense(deltas[j]))
-    }
-    by_rows = [(i, j) for i in deltas for j in deltas if i <= j and (i, j) not in gram]
-    if not by_rows:
-        return gram
-    transposed = block.layout.transposed
-    filed = {i: in_file(delta, transposed) for i, delta in deltas.items()}
-    sums: dict[tuple[int, int], list[Tensor]] = {pair: [] for pair in by_rows}
-    for start, stop in row_blocks(next(iter(filed.values())).shape):
-        rows = {i: delta.rows(start, stop).dense().reshape(-1).to(CORE) for i, delta in filed.items()}
-        for i, j in by_rows:
-            sums[i, j].append(torch.dot(rows[i], rows[j]))
-    return gram | {pair: float(torch.stack(parts).sum()) if parts else 0.0 for pair, parts in sums.items()}
+    deltas = {i: delta.to(dtype) for i in block.present if (delta := block.deltas[i]) is not None}
+    target = None if factoring.target is None else block.vectors.index(factoring.target)
+    gram = {(i, i): norm * norm for i, norm in norms.items()}
+    gram |= inner_products(deltas, target, transposed=block.layout.transposed)
+    return TensorFactors(block.name, block.layout, svd, norms, dict(sorted(gram.items())), frozenset(low_rank))
 
 
 def working_bytes(shape: tuple[int, int], factoring: Factoring) -> int:
@@ -100,12 +82,6 @@ def working_bytes(shape: tuple[int, int], factoring: Factoring) -> int:
     rank = min({"auto": side // 4, "fixed": int(rule.value)}.get(rule.kind, short), short)
     spectrum = (3 * n * m + 3 * short * short if size == 8 else 4 * short * short + 1024 * short) * 8
     return n * m * size + spectrum + 3 * (n + m) * min(max(rank, 96), short) * size
-
-
-def kept(factors: ThinSVD, low_rank: bool, factoring: Factoring) -> ThinSVD:
-    """What of one vector's factors a decomposition keeps."""
-    # The long side of a dense delta costs as much memory as U; side left never asks for it.
-    return factors if factoring.side != "left" or low_rank else replace(factors, V=factors.V[:, :0].clone())
 
 
 def kept(factors: ThinSVD, low_rank: bool, factoring: Factoring) -> ThinSVD:
