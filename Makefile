@@ -18,11 +18,12 @@ PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow check bench bench-peers docs wheel clean
+.PHONY: help demo test faults test-slow check bench bench-peers docs wheel clean
 
 help:
 	@echo "make demo       the main job on real data, results in ./devec-demo/"
 	@echo "make test       the tests (under ten minutes on two cores)"
+	@echo "make faults     200 kills, and an error at every write: is anything lost?"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make check      ruff, mypy, import contract"
 	@echo "make bench      seconds and memory against the literal recipe (and, once set up, against mergekit)"
@@ -47,7 +48,10 @@ demo: $(VENV)/.ready-demo
 	@$(BIN)/devec demo --overwrite $(ARGS)
 
 test: $(VENV)/.ready-dev
-	@$(PYTEST) -n $(WORKERS) --maxprocesses 4 --dist loadgroup -m "not slow" $(ARGS)
+	@$(PYTEST) -n $(WORKERS) --maxprocesses 4 --dist loadgroup -m "not slow and not faults" $(ARGS)
+
+faults: $(VENV)/.ready-dev
+	@$(PYTEST) -m faults tests/faults $(ARGS)
 
 test-slow: $(VENV)/.ready-dev
 	@$(PYTEST) -n $(WORKERS) --maxprocesses 4 --dist loadgroup -m slow $(ARGS)

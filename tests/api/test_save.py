@@ -27,7 +27,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Ten
 
 def test_every_command_is_a_function() -> None:
     for name in COMMANDS:
-        if name not in ("demo", "methods"):
+        if name not in ("demo", "methods", "join"):  # join finishes a command line that is recorded
             assert callable(getattr(devec, name))
 
 

@@ -71,7 +71,7 @@ def big_models(folder: Path) -> None:
          "none", "--exact"],
     ],
 )  # fmt: skip
-def test_ctrl_c_leaves_nothing(words: list[str], tmp_path: Path) -> None:
+def test_ctrl_c_leaves_what_is_finished_or_nothing(words: list[str], tmp_path: Path) -> None:
     big_models(tmp_path)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -91,11 +91,21 @@ def test_ctrl_c_leaves_nothing(words: list[str], tmp_path: Path) -> None:
     assert process.returncode == 130, said
     assert said.splitlines()[-1].startswith("devec: interrupted") and "Traceback" not in said
     assert [line for line in said.splitlines() if not line.strip()] == []
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors", "base.safetensors"]
+    assert_kept_or_nothing(tmp_path, said, ["a.safetensors", "b.safetensors", "base.safetensors"])
+    if words[0] == "decompose":
+        done = run(*words, "-o", "out", "--resume", "-q", cwd=tmp_path)
+        assert done.returncode == 0 and not (tmp_path / "out.partial-run").exists(), done.stderr
+
+
+def assert_kept_or_nothing(folder: Path, said: str, inputs: list[str]) -> None:
+    """OUT never appears; finished tensors are kept, and the message says how to go on; or nothing is left."""
+    left = sorted(p.name for p in folder.iterdir() if p.name not in inputs)
+    assert left in ([], ["out.partial-run"])
+    assert ("--resume" in said) == bool(left)
 
 
 def test_ctrl_c_while_writing(tmp_path: Path) -> None:
-    """Interrupted once the temporary folder stands: it goes away, and OUT never appears."""
+    """Interrupted once the temporary folder stands: OUT never appears, and what is finished is kept."""
     generator = torch.Generator().manual_seed(0)
     base = {f"layers.{i}.weight": torch.randn(1024, 1024, generator=generator) for i in range(64)}
     save_file(base, tmp_path / "base.safetensors")
@@ -110,7 +120,9 @@ def test_ctrl_c_while_writing(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "base.safetensors"]
+    assert_kept_or_nothing(tmp_path, said, ["a.safetensors", "base.safetensors"])
+    done = run("merge", "--method", "average", "base.safetensors", "a.safetensors", "-o", "out", "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_closed_pipe_is_no_error_message(llama: Models, tmp_path: Path) -> None:

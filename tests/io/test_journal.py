@@ -113,7 +113,8 @@ def test_what_was_finished_comes_back_whatever_is_cut_off(
     assert again.finished == {r.name: r for r in written[:whole]}
     again.append(Finished("one more", "f", "s", 1))
     again.close()
-    assert read_lines(journal.path)[0] == {**{r.name: r for r in written[:whole]}, "one more": Finished("one more", "f", "s", 1)}
+    last = Finished("one more", "f", "s", 1)
+    assert read_lines(journal.path)[0] == {**{r.name: r for r in written[:whole]}, "one more": last}
 
 
 @pytest.mark.parametrize("line", [b"not json\n", b"[1]\n", b'{"name": "x"}\n', b"\xff\xfe\n", b"\n"])

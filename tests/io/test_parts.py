@@ -60,7 +60,10 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, members: dict[int,
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout((5, 6), transposed=True), Layout((6, 5, 1, 1)), Layout((6, 5), embedding=True), Layout((6, 5), embedding=False)],
+    [
+        Layout((5, 6), transposed=True), Layout((6, 5, 1, 1)), Layout((6, 5), embedding=True),
+        Layout((6, 5), embedding=False),
+    ],
     ids=str,
 )  # fmt: skip
 def test_layouts(layout: Layout, tmp_path: Path) -> None:
