@@ -121,7 +121,8 @@ def test_ctrl_c_while_writing(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert_kept_or_nothing(tmp_path, said, ["a.safetensors", "base.safetensors"])
-    done = run("merge", "--method", "average", "base.safetensors", "a.safetensors", "-o", "out", "--resume", cwd=tmp_path)
+    words = ["merge", "--method", "average", "base.safetensors", "a.safetensors", "-o", "out", "--resume"]
+    done = run(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

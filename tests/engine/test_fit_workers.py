@@ -64,7 +64,7 @@ def test_without_a_budget_there_are_as_many_as_asked_for_or_there_is_work_for() 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
 def test_resident_memory_is_that_of_this_process() -> None:
     before = resident()
-    kept = torch.ones(8 << 20)  # 32 MiB, touched
+    kept = torch.ones(64 << 20)  # 256 MiB, touched
     grown = resident() - before
-    assert (24 << 20) < grown < (48 << 20) and float(kept[0]) == 1.0
+    assert (128 << 20) < grown < (320 << 20) and float(kept[0]) == 1.0  # what was freed before may serve again
     assert available() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") or available() == 1 << 30

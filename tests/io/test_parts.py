@@ -23,7 +23,7 @@ def factors(
     members: dict[int, int], *, n: int = 6, m: int = 5, right: bool = True, layout: Layout | None = None, seed: int = 0
 ) -> TensorFactors:
     """``members``: vector -> rank."""
-    g = generator("parts", seed)
+    g = generator(seed)
     svd = {
         i: ThinSVD(
             torch.randn(n, r, generator=g), torch.rand(r, generator=g, dtype=torch.float64),

@@ -135,7 +135,8 @@ class LazyDelta(Delta):
 
     def _core(self, Z: Tensor) -> Tensor:
         if self.transposed:
-            return torch.cat([(self._read(a, b).to(Z.dtype) @ Z).T for a, b in row_blocks(self._filed)], dim=1)
+            columns = [(self._read(a, b).to(Z.dtype) @ Z).T for a, b in row_blocks(self._filed)]
+            return torch.cat([Z.new_zeros(Z.shape[1], 0), *columns], dim=1)
         out = torch.zeros(Z.shape[1], self._shape[1], dtype=Z.dtype)
         for a, b in row_blocks(self._filed):
             out.addmm_(Z[a:b].T, self._read(a, b).to(Z.dtype))
