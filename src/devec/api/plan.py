@@ -45,7 +45,8 @@ def plan_write(model: TensorSource, engine: Engine, out_dtype: object = None, ra
     seconds = (stored + 2 * written) / rates.hashed + elements / rates.elements
     seconds += sum(_product_flops(v) for v in _vectors(model)) / rates.flops
     return Stage(
-        "write", len(entries), read, written, flops, peak(workers, needs), wall(seconds, workers, read, written)
+        "write", len(entries), read, written, flops, peak(workers, needs, engine.memory),
+        wall(seconds, workers, read, written),
     )
 
 
@@ -81,7 +82,7 @@ def plan_decompose(pool: Pool, factoring: Factoring, engine: Engine, rates: Rate
         written += k * 4 * r * (rows if factoring.side == "left" else rows + cols)
         pairs += k * (k - 1) // 2 * (2 * rows * r * r + 20 * r**3)
     core = single / rates.flops + double / rates.flops64 + elements / rates.elements + read / rates.hashed
-    memory = peak(workers, [needs[n].memory for n in names])
+    memory = peak(workers, [needs[n].memory for n in names], engine.memory)
     factor = Stage("factor", len(names), read, written, single + double, memory, wall(core, workers, read, written))
     spent = pairs / rates.flops64
     overlap = Stage("overlaps", len(names), written, written, pairs, peak(1, [0]), wall(spent, 1, 0, written))

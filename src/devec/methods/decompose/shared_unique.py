@@ -74,12 +74,13 @@ def shared_unique(block: Block, factoring: Factoring | None = None) -> TensorFac
 
 def working_bytes(shape: tuple[int, int], factoring: Factoring) -> int:
     """Bytes that factoring one dense delta takes at most, the delta itself included: the matrix, for the exact path the
-    short side's Gram matrix with its eigenvectors and LAPACK's workspace, and the bases that are kept."""
+    short side's Gram matrix with its eigenvectors and LAPACK's workspace, and the bases that are kept. For ``auto`` these
+    are counted at a quarter of the short side; a tall matrix whose singular values all stand out of the noise keeps
+    more, and takes more."""
     n, m = shape
     short, size = min(n, m), 8 if factoring.dtype == "float64" else 4
     rule = RankRule.parse(factoring.rank)
-    side = {"left": n, "right": m, "both": short}[factoring.side]  # auto keeps at most a quarter of this side
-    rank = min({"auto": side // 4, "fixed": int(rule.value)}.get(rule.kind, short), short)
+    rank = min({"auto": short // 4, "fixed": int(rule.value)}.get(rule.kind, short), short)
     spectrum = (3 * n * m + 3 * short * short if size == 8 else 4 * short * short + 1024 * short) * 8
     return n * m * size + spectrum + 3 * (n + m) * min(max(rank, 96), short) * size
 
