@@ -74,9 +74,9 @@ def shared_unique(block: Block, factoring: Factoring | None = None) -> TensorFac
 
 def working_bytes(shape: tuple[int, int], factoring: Factoring) -> int:
     """Bytes that factoring one dense delta takes at most, the delta itself included: the matrix, for the exact path the
-    short side's Gram matrix with its eigenvectors and LAPACK's workspace, and the bases that are kept. For ``auto`` these
-    are counted at a quarter of the short side; a tall matrix whose singular values all stand out of the noise keeps
-    more, and takes more."""
+    short side's Gram matrix with its eigenvectors and LAPACK's workspace, and the bases that are kept. For ``auto``
+    these are counted at a quarter of the short side; a tall matrix whose singular values nearly all stand out of the
+    noise keeps more, and takes more."""
     n, m = shape
     short, size = min(n, m), 8 if factoring.dtype == "float64" else 4
     rule = RankRule.parse(factoring.rank)
