@@ -64,6 +64,7 @@ def forked(words: list[str], place: Path, kill_after: float | None = None, befor
     begin = time.perf_counter()
     child = os.fork()
     if child == 0:
+        signal.alarm(60)  # a run that hangs ends with -14
         os.chdir(place)
         quiet = os.open(os.devnull, os.O_WRONLY)
         for stream in (1, 2):

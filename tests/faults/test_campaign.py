@@ -23,9 +23,8 @@ def check(report: dict[str, Counter[str]], least: int) -> None:
     lines = [f"{name}: " + ", ".join(f"{k} {v}" for k, v in seen.items()) for name, seen in report.items()]
     print("\n".join(lines))
     assert sum(seen["tried"] for name, seen in report.items() if name.startswith("kill")) >= least
-    for bad in ("corrupt", "not identical", "litter", "exit 1", "exit 99"):
+    for bad in ("corrupt", "not identical", "litter", "exit 1", "exit 99", "exit -14"):
         assert total[bad] == 0, "\n".join(lines)
-    assert total["resumed"] > 0, "no kill landed where there was something to go on with"
 
 
 def test_twenty_kills() -> None:
@@ -33,8 +32,11 @@ def test_twenty_kills() -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(1500)
 def test_two_hundred_kills_and_an_error_at_every_write(capsys: pytest.CaptureFixture[str]) -> None:
     report = campaign("--kills", "210", "--errors", "1")
     with capsys.disabled():
         print()
         check(report, 200)
+        resumed = sum(seen["resumed"] for seen in report.values())
+        assert resumed > 0, "no kill landed where there was something to go on with"
