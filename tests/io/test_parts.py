@@ -48,7 +48,7 @@ def same(a: TensorFactors, b: TensorFactors) -> None:
 
 
 @given(st.dictionaries(st.integers(0, 6), st.integers(1, 4), max_size=4), st.booleans(), st.integers(0, 99))
-@settings(max_examples=30)
+@settings(max_examples=20)
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, members: dict[int, int], right: bool, seed: int) -> None:
     path = tmp_path_factory.mktemp("parts") / part_name(3)
     made = factors(members, right=right, seed=seed)
