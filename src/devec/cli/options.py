@@ -40,12 +40,13 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, int):
             return value
         import re
+        from fractions import Fraction
 
-        match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", str(value))
+        match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([A-Za-z]*)\s*", str(value))
         unit = self.units.get(match.group(2).upper()) if match else None
         if match is None or unit is None:
             self.fail(f"{value!r} is not a size like 5GB or 500MB.", param, ctx)
-        size = int(float(match.group(1)) * unit)
+        size = int(Fraction(match.group(1)) * unit)
         if size < 1:
             self.fail("a size is at least one byte.", param, ctx)
         return size
@@ -60,7 +61,7 @@ class ShardOf(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, tuple):
             return value
         one, sign, of = str(value).partition("/")
-        if not sign or not one.isdigit() or not of.isdigit() or not 1 <= int(one) <= int(of):
+        if not sign or not one.isdecimal() or not of.isdecimal() or not 1 <= int(one) <= int(of):
             self.fail(f"{value!r} is no part like 2/4.", param, ctx)
         return int(one), int(of)
 
