@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,79 +53,106 @@ def test_exit_codes_reach_the_shell(llama: Models, tmp_path: Path) -> None:
     assert run("mix", "nowhere", llama.lb, "-o", "x", cwd=tmp_path).returncode == 3
 
 
-def big_models(folder: Path) -> None:
-    """A base and two fine-tunes large enough that a decomposition and a write take seconds."""
+def models(folder: Path, size: int, count: int) -> list[str]:
+    """A base and two fine-tunes; returns what is in the folder then."""
     generator = torch.Generator().manual_seed(0)
-    base = {f"layers.{i}.weight": torch.randn(768, 768, generator=generator) for i in range(24)}
+    base = {f"layers.{i}.weight": torch.randn(size, size, generator=generator) for i in range(count)}
     save_file(base, folder / "base.safetensors")
     for name in "ab":
         tuned = {n: w + 0.01 * torch.randn(w.shape, generator=generator) for n, w in base.items()}
         save_file(tuned, folder / f"{name}.safetensors")
+    return names_in(folder)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*MAIN, *words], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait(process: subprocess.Popen[str], until: Callable[[], bool]) -> None:
+    """Until it is time to interrupt."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None and not until():
+        time.sleep(0.005)
+    assert process.poll() is None, "the run ended before it could be interrupted"
+
+
+def interrupted(process: subprocess.Popen[str]) -> str:
+    """Ctrl-C; returns the last line, after a look at all of them."""
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said and [line for line in said.splitlines() if not line.strip()] == []
+    last = said.splitlines()[-1]
+    assert last.startswith("devec: interrupted; ")
+    return last
+
+
+def left_as_said(last: str, words: list[str], folder: Path, before: list[str]) -> None:
+    """Either nothing is left, or what is finished is kept, the last line says so, and --resume finishes it."""
+    if names_in(folder) == before:
+        assert last.endswith("nothing unfinished stands under a final name")
+        return
+    assert names_in(folder) == sorted([*before, "out.partial-run"])
+    assert re.search(r"; \d+ tensors are finished and kept: give the same command with --resume to go on$", last)
+    resumed = run(*words, "--resume", cwd=folder)
+    assert resumed.returncode == 0, resumed.stderr
+    assert names_in(folder) == sorted([*before, "out"])
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads CPU time from /proc")
 @pytest.mark.parametrize(
     "words",
     [
-        ["decompose", "a.safetensors", "b.safetensors", "--base", "base.safetensors", "--rank", "none", "--exact"],
         ["extract", "--base", "base.safetensors", "--model", "a.safetensors", "--energy", "0.9"],
         ["negate", "--base", "base.safetensors", "--target", "a.safetensors", "--pool", "b.safetensors", "--rank",
          "none", "--exact"],
     ],
 )  # fmt: skip
-def test_ctrl_c_leaves_what_is_finished_or_nothing(words: list[str], tmp_path: Path) -> None:
-    big_models(tmp_path)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*MAIN, *words, "-o", "out"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, start_new_session=True,
-    )  # fmt: skip
+def test_ctrl_c_while_nothing_is_written_leaves_nothing(words: list[str], tmp_path: Path) -> None:
+    before = models(tmp_path, 768, 24)
+    process = start([*words, "-o", "out"], tmp_path)
     cpu = Path(f"/proc/{process.pid}/stat")  # CPU time, so that a busy machine changes nothing
-    end = time.monotonic() + 60
-    while time.monotonic() < end and process.poll() is None:  # start-up takes about 1.5 s of CPU
+
+    def computing() -> bool:  # start-up takes about 1.5 s of CPU
         spent = cpu.read_text().rsplit(")", 1)[1].split()
-        if (int(spent[11]) + int(spent[12])) / os.sysconf("SC_CLK_TCK") > 3.0:
-            break
-        time.sleep(0.05)
-    assert process.poll() is None, "the run ended before it could be interrupted"
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert said.splitlines()[-1].startswith("devec: interrupted") and "Traceback" not in said
-    assert [line for line in said.splitlines() if not line.strip()] == []
-    assert_kept_or_nothing(tmp_path, said, ["a.safetensors", "b.safetensors", "base.safetensors"])
-    if words[0] == "decompose":
-        done = run(*words, "-o", "out", "--resume", "-q", cwd=tmp_path)
-        assert done.returncode == 0 and not (tmp_path / "out.partial-run").exists(), done.stderr
+        return (int(spent[11]) + int(spent[12])) / os.sysconf("SC_CLK_TCK") > 3.0
+
+    wait(process, computing)
+    assert interrupted(process).endswith("nothing unfinished stands under a final name")
+    assert names_in(tmp_path) == before
 
 
-def assert_kept_or_nothing(folder: Path, said: str, inputs: list[str]) -> None:
-    """OUT never appears; finished tensors are kept, and the message says how to go on; or nothing is left."""
-    left = sorted(p.name for p in folder.iterdir() if p.name not in inputs)
-    assert left in ([], ["out.partial-run"])
-    assert ("--resume" in said) == bool(left)
+DECOMPOSE = ["decompose", "a.safetensors", "b.safetensors", "--base", "base.safetensors", "--rank", "none", "--exact"]
+MERGE = ["merge", "--method", "average", "base.safetensors", "a.safetensors"]
 
 
-def test_ctrl_c_while_writing(tmp_path: Path) -> None:
-    """Interrupted once the temporary folder stands: OUT never appears, and what is finished is kept."""
-    generator = torch.Generator().manual_seed(0)
-    base = {f"layers.{i}.weight": torch.randn(1024, 1024, generator=generator) for i in range(64)}
-    save_file(base, tmp_path / "base.safetensors")
-    save_file({n: w * 1.01 for n, w in base.items()}, tmp_path / "a.safetensors")
-    process = subprocess.Popen(
-        [*MAIN, "merge", "--method", "average", "base.safetensors", "a.safetensors", "-o", "out"], cwd=tmp_path,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    end = time.monotonic() + 60
-    while time.monotonic() < end and process.poll() is None and not list(tmp_path.glob("out.partial-*")):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert_kept_or_nothing(tmp_path, said, ["a.safetensors", "base.safetensors"])
-    words = ["merge", "--method", "average", "base.safetensors", "a.safetensors", "-o", "out", "--resume"]
-    done = run(*words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(
+    ("words", "size", "count"), [(DECOMPOSE, 400, 10), (MERGE, 900, 48)], ids=["decompose", "merge"]
+)
+def test_ctrl_c_keeps_finished_tensors_for_resume(words: list[str], size: int, count: int, tmp_path: Path) -> None:
+    words = [*words, "-o", "out", "--workers", "1"]
+    before = models(tmp_path, size, count)
+    process = start(words, tmp_path)
+    journal = tmp_path / "out.partial-run" / ".run" / "journal.jsonl"
+    wait(process, lambda: journal.exists() and b"\n" in journal.read_bytes())
+    last = interrupted(process)
+    assert names_in(tmp_path) == sorted([*before, "out.partial-run"])
+    left_as_said(last, words, tmp_path, before)
+
+
+def test_ctrl_c_as_soon_as_the_temporary_folder_stands(tmp_path: Path) -> None:
+    """Whatever is finished by then: OUT does not appear, and what is left is what is said."""
+    before = models(tmp_path, 900, 48)
+    process = start([*MERGE, "-o", "out"], tmp_path)
+    wait(process, lambda: bool(list(tmp_path.glob("out.partial-*"))))
+    left_as_said(interrupted(process), [*MERGE, "-o", "out"], tmp_path, before)
 
 
 def test_a_closed_pipe_is_no_error_message(llama: Models, tmp_path: Path) -> None:
