@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from devec.cli.main import run
@@ -19,7 +21,12 @@ def trial_methods(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, World]:
-    return {w.name: w for w in build(tmp_path_factory.mktemp("worlds"))}
+    folder, found = tmp_path_factory.mktemp("worlds"), {}
+    for world in build(folder):
+        artifact = folder / f"parts-of-{world.name}"
+        assert run(["decompose", *world.words, "--one-d", "--device", "cpu", "-o", str(artifact), "-q"]) == 0
+        found[world.name] = replace(world, artifact=artifact)
+    return found
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from devec.cli.main import run
 from devec.core.lazy import row_blocks
 from devec.io.journal import Finished, Journal
 from devec.methods import registry
-from laws.trials import COMMANDS, REGISTERED, SETTINGS, SUBJECTS, WORLDS, Plain, Subject, tree
+from laws.trials import COMMANDS, PARTS, REGISTERED, SETTINGS, SUBJECTS, WORLDS, Plain, Subject, tree
 from laws.worlds import SHAPES, World
 
 pytestmark = pytest.mark.usefixtures("trial_methods")
@@ -50,6 +50,9 @@ def test_the_worlds_hold_what_they_should(worlds: dict[str, World]) -> None:
     assert {len(shape) for shape, _ in SHAPES.values()} == {0, 1, 2, 4}
     assert any(not dtype.is_floating_point for _, dtype in SHAPES.values())
     assert len({base.file_of(n) for n in base.names()}) == 2
+    for kind in ("shared", "unique"):  # the parts are of something
+        part = devec.load(f"{worlds['checkpoints'].artifact}#{kind}:a")
+        assert {len(SHAPES[n][0]) for n in part.deltas if part.deltas[n].norm() > 0} >= {2, 4}
 
 
 @each_world
@@ -158,7 +161,7 @@ def ray() -> Iterator[object]:
 
 @pytest.mark.xdist_group("ray")
 @each_world
-@pytest.mark.parametrize("subject", REGISTERED, ids=lambda s: f"{s.kind}-{s.name}")
+@pytest.mark.parametrize("subject", [*REGISTERED, *PARTS], ids=lambda s: f"{s.kind}-{s.name}")
 def test_workers_of_a_ray_cluster(
     subject: Subject, world: World, plain: Plain, tmp_path: Path, ray: object
 ) -> None:

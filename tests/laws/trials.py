@@ -28,7 +28,10 @@ COMMANDS = {"shared-unique": ("decompose", "--one-d", "--device", "cpu")}
 
 @dataclass(frozen=True)
 class Subject:
-    """A method, and the command that runs it. ``local``: made by this file, so that no other process knows it."""
+    """A method, and the command that runs it. ``local``: made by this file, so that no other process knows it.
+
+    Of kind "apply" it is a part of a decomposition, added to the base.
+    """
 
     kind: str
     name: str
@@ -39,6 +42,10 @@ class Subject:
         if self.kind == "merge":
             settings = [word for item in SETTINGS.get(self.name, ()) for word in ("--set", item)]
             words = ["merge", "--method", self.name, *settings, "--shard-size", "600KB", "-o", str(folder / world.out)]
+        elif self.kind == "apply":
+            part = f"{world.artifact}#{self.name}:{world.sources[0].name}"
+            words = ["apply", "--base", str(world.base), "--add", "0.7", part, "--shard-size", "600KB", "-q"]
+            return [*words, "-o", str(folder / world.out)]
         else:
             words = [*COMMANDS[self.name], "-o", str(folder / "out")]
         return [*words, *world.words, "-q"]
@@ -77,7 +84,8 @@ GRAINS: dict[str, tuple[Grain, Callable[[Block], Delta]]] = {
     "trial-tensor": ("tensor", trial_matrix),
 }
 REGISTERED = [Subject(m.kind, m.name) for m in registry.all_methods()]
-SUBJECTS = [*REGISTERED, *(Subject("merge", name, local=True) for name in GRAINS)]
+PARTS = [Subject("apply", "unique"), Subject("apply", "shared")]
+SUBJECTS = [*REGISTERED, *PARTS, *(Subject("merge", name, local=True) for name in GRAINS)]
 WORLDS = ["checkpoints", "adapters", "both"]
 
 Plain = Callable[[Subject, World], dict[str, bytes]]

@@ -41,6 +41,8 @@ class World:
     base: Path
     sources: tuple[Path, ...]
     out: str = "out"
+    artifact: Path | None = None
+    """A decomposition of the sources."""
 
     @property
     def words(self) -> list[str]:
