@@ -48,13 +48,13 @@ demo: $(VENV)/.ready-demo
 	@$(BIN)/devec demo --overwrite $(ARGS)
 
 test: $(VENV)/.ready-dev
-	@$(PYTEST) -n $(WORKERS) --maxprocesses 4 --dist loadgroup -m "not slow and not faults" $(ARGS)
+	@$(PYTEST) -n $(WORKERS) --maxprocesses 4 -m "not slow and not faults" $(ARGS)
 
 faults: $(VENV)/.ready-dev
 	@$(PYTEST) -m faults tests/faults $(ARGS)
 
 test-slow: $(VENV)/.ready-dev
-	@$(PYTEST) -n $(WORKERS) --maxprocesses 4 --dist loadgroup -m slow $(ARGS)
+	@$(PYTEST) -n $(WORKERS) --maxprocesses 4 -m slow $(ARGS)
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -146,55 +148,55 @@ def test_a_merge_of_adapters_that_stays_one(method: str, worlds: dict[str, World
 # --- Ray -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def ray() -> Iterator[object]:
-    """A cluster of two workers in another folder than the tests; started once, since that takes seconds."""
+@contextmanager
+def a_ray_cluster() -> Iterator[None]:
+    """Two workers, in another folder than the commands; a command finds Ray running and uses it."""
     ray = pytest.importorskip("ray", reason="--executor ray needs devec[ray]")
-    where = str(Path(devec.__file__).parents[1])
     ray.init(
         num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False,
-        runtime_env={"env_vars": {"PYTHONPATH": where}},
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(devec.__file__).parents[1])}},
     )
-    yield ray
-    ray.shutdown()
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
-@pytest.mark.xdist_group("ray")
-@each_world
-@pytest.mark.parametrize("subject", [*REGISTERED, *PARTS], ids=lambda s: f"{s.kind}-{s.name}")
 def test_workers_of_a_ray_cluster(
-    subject: Subject, world: World, plain: Plain, tmp_path: Path, ray: object
-) -> None:
-    expected = plain(subject, world)
-    assert run([*subject.command(world, tmp_path), "--executor", "ray"]) == 0
-    same(tmp_path, expected)
+    worlds: dict[str, World], plain: Plain, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Every method in one test, so that a cluster, which takes seconds, is started once however tests are divided."""
+    with a_ray_cluster():
+        unlike = []
+        for subject, world in itertools.product([*REGISTERED, *PARTS], worlds.values()):
+            folder = tmp_path_factory.mktemp("ray")  # as deep as the plain one: artifacts hold relative paths
+            code = run([*subject.command(world, folder), "--executor", "ray"])
+            if code != 0 or tree(folder) != plain(subject, world):
+                unlike.append((subject.kind, subject.name, world.name))
+        assert unlike == []
+        relative_paths_are_read_as_by_threads(worlds["checkpoints"], tmp_path_factory.mktemp("relative"), monkeypatch)
+        an_error_is_one_line(worlds["checkpoints"], tmp_path_factory.mktemp("error"), capfd)
 
 
-@pytest.mark.xdist_group("ray")
-def test_ray_workers_read_relative_paths_as_the_command_does(
-    worlds: dict[str, World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray: object
-) -> None:
+def relative_paths_are_read_as_by_threads(world: World, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two folders with the same names in them: the workers, which live on, must not take one for the other."""
-    for place, model in (("here", worlds["checkpoints"].sources[0]), ("there", worlds["checkpoints"].sources[1])):
-        (tmp_path / place).mkdir()
-        monkeypatch.chdir(tmp_path / place)
+    for place, model in (("here", world.sources[0]), ("there", world.sources[1])):
+        (folder / place).mkdir(parents=True)
+        monkeypatch.chdir(folder / place)
         Path("model").symlink_to(model)
-        Path("base").symlink_to(worlds["checkpoints"].base)
+        Path("base").symlink_to(world.base)
         for out, words in (("ray", ["--executor", "ray"]), ("threads", [])):
             Path(out).mkdir()
             assert run(["apply", "--base", "base", "--add", "0.5", "model", "-o", f"{out}/out", "-q", *words]) == 0
         assert tree(Path("ray/out")) == tree(Path("threads/out"))
 
 
-@pytest.mark.xdist_group("ray")
-def test_an_error_in_a_ray_worker_is_the_users_one_line(
-    worlds: dict[str, World], tmp_path: Path, capfd: pytest.CaptureFixture[str], ray: object
-) -> None:
+def an_error_is_one_line(world: World, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """And nothing of what other workers were at: Ray prints errors that nobody asks for."""
-    world = worlds["checkpoints"]
-    words = ["apply", "--base", str(world.base), "--add", "1e38", str(world.sources[0]), "-o", str(tmp_path / "out")]
+    words = ["apply", "--base", str(world.base), "--add", "1e38", str(world.sources[0]), "-o", str(folder / "out")]
     capfd.readouterr()
     assert run([*words, "-q", "--out-dtype", "float16", "--executor", "ray"]) == 5
     said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("warning")]
     assert len(said) == 1 and said[0].startswith("devec: a value is too large for float16 [tensor transformer.")
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
