@@ -26,6 +26,10 @@ QUEUED = 4
 """Calls under way per worker: enough that none waits for the driver, few enough that an error stops soon."""
 
 
+PATIENCE = 10.0
+"""Seconds that an error or Ctrl-C waits for calls under way to end; they do at once, but in a long product."""
+
+
 class Cluster:
     """A connection to Ray: to the cluster at ``address``, or to one that lives on this machine while it is open."""
 
@@ -80,8 +84,14 @@ class Cluster:
                 ready, waiting = ray.wait(waiting, num_returns=1)
                 yield self._result(ready[0])
         finally:
+            self._end(waiting)
+
+    def _end(self, waiting: list[Any]) -> None:
+        """Call off what is under way and see it end: a call that runs on writes into a folder that is being removed."""
+        if waiting:
             for reference in waiting:
-                ray.cancel(reference, force=False)
+                self._ray.cancel(reference, force=False)
+            self._ray.wait(waiting, num_returns=len(waiting), timeout=PATIENCE)
 
     def _result(self, reference: Any) -> Any:
         ray = self._ray
