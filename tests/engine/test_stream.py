@@ -291,3 +291,15 @@ def test_an_error_ends_the_hints(tmp_path: Path, advice: Advice, monkeypatch: py
             list(stream(work, todo, workers=1))
     assert len(advice) < 100
     assert not [t for t in threading.enumerate() if t.name == "devec-ahead"]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_of_several_errors_the_first_in_order_is_raised(workers: int) -> None:
+    """Unit 0 fails last, and is what the run reports whatever the number of workers."""
+
+    def work(key: int, check: Check) -> None:
+        time.sleep(0.2 if key == 0 else 0.0)
+        raise ValueError(str(key))
+
+    with pytest.raises(ValueError, match=r"^0$"):
+        list(stream(work, [Unit(i) for i in range(6)], workers=workers))

@@ -7,8 +7,9 @@ What answers which requirement:
 * while units compute, the system is asked to read the next ones (``READ_AHEAD`` bytes) into its cache;
 * results come back in the order in which they are finished, and each unit sees only its own inputs and one BLAS
   thread, so the number of workers changes no byte of them;
-* an error, or Ctrl-C, stops the others at their next ``check()`` and is raised at once: threads that sit in a long
-  product do not hold it up (they are daemons and end with the process).
+* an error stops the others at their next ``check()`` and is raised: of several the first in order, if the units
+  before it end within ``PATIENCE``. Ctrl-C waits no longer either: threads that sit in a long product do not hold it up
+  (they are daemons and end with the process).
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ class _Pool(Generic[K, R]):
         self._next = self._used = self._running = 0
         self._changed = Condition()
         self._stop = Event()
-        self._done: queue.SimpleQueue[tuple[K, R] | BaseException] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[tuple[int, tuple[K, R] | BaseException]] = queue.SimpleQueue()
+        self._open: set[int] = set()  # units that were begun and are not finished
+        self._halted = False
         self._threads = [
             Thread(target=self._work, name=f"devec-{i}", daemon=True) for i in range(workers)
         ]
@@ -89,10 +92,23 @@ class _Pool(Generic[K, R]):
             thread.start()
 
     def next(self) -> tuple[K, R]:
-        found = self._done.get()
+        index, found = self._done.get()
         if isinstance(found, BaseException):
-            raise found
+            raise self._first_error(index, found)
         return found
+
+    def _first_error(self, index: int, error: BaseException) -> BaseException:
+        """Of several units that fail, the first in order: what a run says does not depend on which was quicker."""
+        end = time.monotonic() + PATIENCE
+        with self._changed:
+            self._halted = True
+            while any(i < index for i in self._open) and (left := end - time.monotonic()) > 0:
+                self._changed.wait(left)
+        while not self._done.empty():
+            other, found = self._done.get()
+            if isinstance(found, BaseException) and other < index:
+                index, error = other, found
+        return error
 
     def stop(self) -> None:
         self._stop.set()
@@ -106,31 +122,34 @@ class _Pool(Generic[K, R]):
         if self._stop.is_set():
             raise Stopped
 
-    def _take(self) -> Unit[K] | None:
+    def _take(self) -> tuple[int, Unit[K]] | None:
         """The next unit, once there is room for it; ``None`` when there is none or the run is stopped."""
         with self._changed:
-            while not self._stop.is_set() and self._next < len(self._units):
-                unit = self._units[self._next]
+            while not self._stop.is_set() and not self._halted and self._next < len(self._units):
+                index, unit = self._next, self._units[self._next]
                 if self._running == 0 or self._memory is None or self._used + unit.memory <= self._memory:
                     self._next += 1
                     self._running += 1
                     self._used += unit.memory
+                    self._open.add(index)
                     self._changed.notify_all()
-                    return unit
+                    return index, unit
                 self._changed.wait()
         return None
 
     def _work(self) -> None:
-        while (unit := self._take()) is not None:
+        while (taken := self._take()) is not None:
+            index, unit = taken
             try:
-                self._done.put((unit.key, self._function(unit.key, self._check)))
+                self._done.put((index, (unit.key, self._function(unit.key, self._check))))
             except Stopped:
                 return
             except BaseException as error:
-                self._done.put(error)
+                self._done.put((index, error))
                 return
             finally:
                 with self._changed:
+                    self._open.discard(index)
                     self._running -= 1
                     self._used -= unit.memory
                     self._changed.notify_all()
