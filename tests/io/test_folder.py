@@ -25,7 +25,7 @@ def test_nothing_under_the_final_name_until_the_end(tmp_path):
     with OutputFolder(out) as folder:
         _fill(folder)
         assert not out.exists()
-        assert folder.path.parent == tmp_path and folder.path.name.startswith("out.partial-")
+        assert folder.path.is_relative_to(tmp_path / "out.partial-run")
     assert _tree(tmp_path) == {"out/sub/a.txt": b"new"}
 
 
@@ -91,11 +91,11 @@ def test_a_failed_rename_puts_the_old_output_back(tmp_path, monkeypatch):
     real = Path.rename
 
     def fail(self, target):
-        if ".partial-" in self.name:
+        if self.name == "output":
             raise OSError(errno.EIO, "Input/output error")
         return real(self, target)
 
-    monkeypatch.setattr("devec.io.folder.exchange", lambda *_: False)  # a system that cannot swap two paths at once
+    monkeypatch.setattr("devec.io.temporary.exchange", lambda *_: False)  # a system that cannot swap two paths at once
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(RefusedError, match="Input/output error"), OutputFolder(out, overwrite=True) as folder:
         _fill(folder)
