@@ -149,10 +149,17 @@ class OutputFolder:
         try:
             with refusing(self.out):
                 self._prepare()
-        except BaseException:
-            if not finished_in(self.place) and (self.run is None or self.run.shard is None):
-                self._drop()
-            self._let_go()
+        except BaseException as error:
+            try:
+                done = finished_in(self.place)
+                if done and resumable(error):
+                    self._tell(error, done)
+                elif not done and (self.run is None or self.run.shard is None):
+                    self._drop()
+            finally:
+                if self.journal is not None:
+                    self.journal.close()
+                self._let_go()
             raise
         return self
 
@@ -160,8 +167,9 @@ class OutputFolder:
         """Make the temporary folder, or take over one that nobody holds any more."""
         shared = self.run is not None and self.run.shard is not None
         while True:
-            with suppress(FileExistsError):
-                self.place.mkdir()
+            if not self.place.exists():
+                with suppress(FileExistsError):
+                    self.place.mkdir()
             try:
                 self._lock = os.open(self.place, os.O_RDONLY)
             except FileNotFoundError:
@@ -267,17 +275,27 @@ class OutputFolder:
 
     def _failed(self, error: BaseException) -> None:
         """Keep what is finished for --resume where that helps, and say so; otherwise leave nothing."""
-        run = self.run
-        if run is not None and run.join:
-            _tell(error, "what the shards have written is kept: give devec join again to go on")
-            return
         found = {} if self.journal is None else self.journal.finished
         done = still_there(self.place, found.values())  # what the disk would not confirm is gone
-        if not done or (run is not None and run.shard is None and not resumable(error)):
-            if run is None or run.shard is None:
-                self._drop()
+        alone = self.run is None or not (self.run.shard or self.run.join)
+        if done and (resumable(error) or not alone):
+            self._tell(error, done)
+        elif alone:
+            self._drop()
+
+    def _tell(self, error: BaseException, done: int) -> None:
+        """Add to whatever is raised what is kept and how to go on."""
+        how = "give devec join" if self.run is not None and self.run.join else "give the same command with --resume"
+        text = f"{done} tensors are finished and kept: {how} to go on"
+        if isinstance(error, KeyboardInterrupt):
+            raise RunInterrupted(text) from None
+        sentence = f"{text[0].upper()}{text[1:]}."
+        if not isinstance(error, DevecError):
+            error.add_note(sentence)
             return
-        _tell(error, f"{done} tensors are finished and kept: give the same command with --resume to go on")
+        error.remedy = f"{error.remedy or ''} {sentence}".strip()
+        if error.file is not None and Path(error.file).is_relative_to(self.place):
+            error.file = str(self.out)
 
     def _drop(self) -> None:
         """Leave nothing, but for an old output that could not go back to its place."""
@@ -288,17 +306,6 @@ class OutputFolder:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-
-
-def _tell(error: BaseException, text: str) -> None:
-    """Add how to go on to whatever is raised."""
-    if isinstance(error, KeyboardInterrupt):
-        raise RunInterrupted(text) from None
-    sentence = f"{text[0].upper()}{text[1:]}."
-    if isinstance(error, DevecError):
-        error.remedy = f"{error.remedy or ''} {sentence}".strip()
-    else:
-        error.add_note(sentence)
 
 
 @contextmanager
