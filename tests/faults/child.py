@@ -27,10 +27,16 @@ Say = Callable[[str, str], None]
 
 
 class Disk:
-    """Takes the place of the calls of ``os`` that change the disk; one of them, or from one on all, may fail."""
+    """Takes the place of the calls of ``os`` that change the disk; one of them, or from one on all, may fail.
 
-    def __init__(self, say: Say, out: str, fault: dict[str, Any] | None, short: bool) -> None:
-        self._say, self._out, self._fault, self._short = say, out, fault or {}, short
+    ``renamed()`` is called once something stands under the name ``out``.
+    """
+
+    def __init__(
+        self, say: Say, renamed: Callable[[], None], out: str, fault: dict[str, Any] | None, short: bool
+    ) -> None:
+        self._say, self._renamed, self._out = say, renamed, out
+        self._fault, self._short = fault or {}, short
         self._seen: Counter[str] = Counter()
         self._names: dict[int, str] = {}
         self._full = False
@@ -66,6 +72,8 @@ class Disk:
             self._say("call", call)
             mine = call == self._fault.get("call")
             self._full = self._full or (mine and self._fault["kind"] == "full")
+        if mine:
+            self._say("mark", "met")
         kind = self._fault.get("kind", "")
         if mine and kind.startswith("kill"):
             if kind == "kill half" and half is not None:
@@ -103,7 +111,7 @@ class Disk:
             self._meet(f"{name} {self._path(path, named.get('dir_fd'))}{target}")
             real(path, *more, **named)
             if target == f" -> {self._out}":
-                self._say("mark", "renamed")
+                self._renamed()
 
         return call
 
@@ -121,18 +129,24 @@ class Disk:
             except OSError:
                 return False
             done = real(one, other)
-            self._say("mark", "renamed")
+            self._renamed()
             return done
 
         return call
 
 
 MARKS = ("open", "tensor", "finish", "sync", "renamed", "end")
-"""In this order: the temporary folder stands, a tensor is finished, all are, everything is flushed, it is renamed."""
+"""In this order: the temporary folder stands, a tensor is finished, all are, everything is flushed, it is renamed.
+
+One more, ``entered``: a tensor is in the journal (not all commands have one).
+"""
 
 
-def install_marks(say: Say, stop_at: str | None) -> None:
-    """Say when a run reaches a mark for the first time; at ``stop_at`` the process stops until it is told to go on."""
+def install_marks(say: Say, stop_at: str | None) -> Callable[[str], None]:
+    """Say when a run reaches a mark for the first time; at ``stop_at`` the process stops until it is told to go on.
+
+    Returns the function that says so, for marks that are met elsewhere.
+    """
     from devec.io import artifact, folder, journal, shards, writer
 
     met: set[str] = set()
@@ -166,11 +180,13 @@ def install_marks(say: Say, stop_at: str | None) -> None:
 
     after(folder.OutputFolder, "__enter__", "open")
     after(journal.Journal, "append", "tensor")
+    after(journal.Journal, "append", "entered")
     after(writer.SafetensorsWriter, "mark", "tensor")
     before(shards.ShardWriter, "close", "finish")
     before(artifact, "write_decomposition", "finish")
     before(writer.SafetensorsWriter, "close", "finish", lambda _self, sync=True: sync)
     before(folder, "sync_tree", "sync")
+    return mark
 
 
 def play(request: dict[str, Any], say: Say, said: int) -> int:
@@ -180,8 +196,9 @@ def play(request: dict[str, Any], say: Say, said: int) -> int:
     os.dup2(said, 2)
     if request.get("limit") is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], resource.RLIM_INFINITY))
-    install_marks(say, request.get("stop_at"))
-    Disk(say, request["out"], request.get("fault"), bool(request.get("short"))).install(request.get("swap", True))
+    mark = install_marks(say, request.get("stop_at"))
+    disk = Disk(say, lambda: mark("renamed"), request["out"], request.get("fault"), bool(request.get("short")))
+    disk.install(request.get("swap", True))
     try:
         from devec.cli.main import run
 
@@ -191,5 +208,5 @@ def play(request: dict[str, Any], say: Say, said: int) -> int:
         traceback.print_exc()
         code = 99
     sys.stderr.flush()
-    say("mark", "end")
+    mark("end")
     return code

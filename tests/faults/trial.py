@@ -229,6 +229,8 @@ class Field:
             wrong = self.after_a_kill(case, folder)
         else:
             wrong = self.after_an_error(case, folder, ended)
+        if "met" not in ended.marks:
+            wrong.append("the call never came")
         tally.landed[kind] += 1
         busy, more = self.goes_on(case, folder) if ended.code != 0 else (False, [])
         tally.resumed += busy
