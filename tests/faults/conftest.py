@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from faults.client import Server
-from faults.trial import PHASES, Field, Tally
+from faults.trial import PHASES, PROCESSES, Field, Tally
 from faults.world import SMALL, TINY
 
 KEY = "faults"
@@ -57,13 +57,14 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(f"{name}: {_line(row)}")
         total.update({k: v for k, v in row.items() if isinstance(v, int)}, problems=len(row["problems"]))
         landed.update(row["landed"])
-    phases = {p: landed.pop(p, 0) for p in PHASES.values()}
+    moments = {p: landed.pop(p, 0) for p in (*PHASES.values(), *PROCESSES)}
     terminalreporter.write_line("")
-    terminalreporter.write_line(f"kills by phase: {_listed(phases)}")
+    terminalreporter.write_line(f"kills at random moments: {_listed(moments)}")
     terminalreporter.write_line(f"faults in single calls: {_listed(landed)}")
+    random = sum(moments.values())
     terminalreporter.write_line(
-        f"{total['tried']} trials, {total['killed']} of them killed ({total['kills']} kills, {sum(phases.values())} at "
-        f"random moments): {total['complete']} ended with the bytes of an undisturbed run, "
+        f"{total['tried']} trials, {total['killed']} of them killed ({total['kills']} kills, {random} at random moments): "
+        f"{total['complete']} ended with the bytes of an undisturbed run, "
         f"{total['resumed']} by going on; corrupt, partial or stray: {total['problems']}"
     )
 

@@ -18,11 +18,12 @@ PARTS = [(name, part) for name in CASES for part in range(THOROUGH.get(name, 1))
 def test_every_call(name: str, part: int, tiny: Field, tally: Tally) -> None:
     case = tiny.cases[name]
     known = set() if case.like is None else set(tiny.whole(tiny.cases[case.like]).calls)
+    thorough = name in THOROUGH or case.like is not None
     trials = [
         (call, kind)
         for call in tiny.whole(case).calls
         if call not in known
-        for kind in faults_of(call, thorough=name in THOROUGH)
+        for kind in faults_of(call, thorough)
     ]
     assert case.like is not None or len(trials) > 20
     for call, kind in trials[part :: THOROUGH.get(name, 1)]:

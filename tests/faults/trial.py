@@ -22,6 +22,9 @@ PHASES = {
 }  # fmt: skip
 """What a run does after each mark."""
 
+PROCESSES = ("a shard", "join")
+"""Where kills land in a run of several processes."""
+
 SIDE_STEPS = {"README.md", "tokenizer.json", "chat_template.jinja"}
 REFUSED, SIDE_STEP = 5, 6
 EXISTS = "the output exists already"
