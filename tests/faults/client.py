@@ -16,7 +16,8 @@ TESTS = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Ended:
-    """How a trial ended: exit ``code``, or the ``signal`` that killed it, or ``stopped`` where it was told to wait.
+    """How a trial ended: exit ``code``, or the ``signal`` that killed it, or ``stopped`` where it was told to wait;
+    ``hung`` if it had to be killed because it did not end.
 
     ``marks`` seconds from its start to each mark; ``calls`` the calls that changed the disk, if they were counted;
     ``said`` what it printed, standard output and error together.
@@ -25,6 +26,7 @@ class Ended:
     code: int | None = None
     signal: int | None = None
     stopped: bool = False
+    hung: bool = False
     marks: dict[str, float] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -76,7 +78,9 @@ class Server:
 
     def wait(self, trial: int) -> Ended:
         """Until it ends, or stops."""
-        return Ended(**self._ask(op="wait", id=trial))
+        ended = Ended(**self._ask(op="wait", id=trial))
+        assert not ended.hung, f"a run did not end: {ended}"
+        return ended
 
     def go(self, trial: int) -> None:
         """Let a stopped trial go on."""

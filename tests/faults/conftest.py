@@ -61,11 +61,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.write_line("")
     terminalreporter.write_line(f"kills at random moments: {_listed(moments)}")
     terminalreporter.write_line(f"faults in single calls: {_listed(landed)}")
-    random = sum(moments.values())
+    at_random = sum(moments.values())
     terminalreporter.write_line(
-        f"{total['tried']} trials, {total['killed']} of them killed ({total['kills']} kills, {random} at random moments): "
-        f"{total['complete']} ended with the bytes of an undisturbed run, "
-        f"{total['resumed']} by going on; corrupt, partial or stray: {total['problems']}"
+        f"{total['tried']} trials, {total['killed']} of them killed ({total['kills']} kills, {at_random} at random "
+        f"moments): {total['complete']} ended with the bytes of an undisturbed run, {total['resumed']} by going on; "
+        f"corrupt, partial or stray: {total['problems']}"
     )
 
 

@@ -23,8 +23,8 @@ from typing import Any
 
 from faults.child import play
 
-LIMIT = 120.0
-"""Seconds after which a trial counts as hung."""
+LIMIT = 60.0
+"""Seconds after which a trial counts as hung: it is killed, and its answer says "hung"."""
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Trial:
     marks: dict[str, float] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     text: bytes = b""
+    hung: bool = False
 
     def listen(self) -> bool:
         """Read what has come; False at the end."""
@@ -69,8 +70,9 @@ class Trial:
                 os.kill(self.pid, signal.SIGKILL)
                 self.kill = {}
                 at = None
-            if now > LIMIT:
+            if now > LIMIT and not self.hung:
                 os.kill(self.pid, signal.SIGKILL)
+                self.hung = True
             pause = 0.02 if at is None else min(max(at - now, 0.0), 0.02)
             ready, _, _ = select.select([self.pipe], [], [], pause)
             if ready and not self.listen():
@@ -91,7 +93,7 @@ class Trial:
         text = os.pread(self.said, 1 << 20, 0).decode(errors="replace")
         os.close(self.said)
         os.close(self.pipe)
-        return {**how, "marks": self.marks, "calls": self.calls, "seconds": seconds, "said": text}
+        return {**how, "hung": self.hung, "marks": self.marks, "calls": self.calls, "seconds": seconds, "said": text}
 
 
 def start(request: dict[str, Any]) -> Trial:
