@@ -23,7 +23,7 @@ PYTEST := $(BIN)/python -m pytest
 help:
 	@echo "make demo       the main job on real data, results in ./devec-demo/"
 	@echo "make test       the tests (under ten minutes on two cores)"
-	@echo "make faults     some 400 kills, and an error at every write: is anything lost?"
+	@echo "make faults     hundreds of kills, and an error at every write: is anything lost?"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make check      ruff, mypy, import contract"
 	@echo "make bench      seconds and memory against the literal recipe (and, once set up, against mergekit)"

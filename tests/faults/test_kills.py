@@ -14,7 +14,7 @@ from faults.world import CASES
 MOMENTS = ("anywhere", "tensor", "finish", "anywhere", "sync", "open", "renamed", "anywhere", None)
 """Over the whole run, or after a mark for as long as it took to the next: every phase has its turn, however short."""
 
-KILLS = 16
+KILLS = 13
 """Killed runs for each command, and the runs that resume them beside."""
 
 FEW = ("merge over", "decompose", "merge to a file", "export to a model", "mix")
