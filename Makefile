@@ -23,7 +23,7 @@ PYTEST := $(BIN)/python -m pytest
 help:
 	@echo "make demo       the main job on real data, results in ./devec-demo/"
 	@echo "make test       the tests (under ten minutes on two cores)"
-	@echo "make faults     200 kills, and an error at every write: is anything lost?"
+	@echo "make faults     hundreds of kills, and an error at every write: is anything lost?"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make check      ruff, mypy, import contract"
 	@echo "make bench      seconds and memory against the literal recipe (and, once set up, against mergekit)"
@@ -51,7 +51,7 @@ test: $(VENV)/.ready-dev
 	@$(PYTEST) -n $(WORKERS) --maxprocesses 4 -m "not slow and not faults" $(ARGS)
 
 faults: $(VENV)/.ready-dev
-	@$(PYTEST) -m faults tests/faults $(ARGS)
+	@$(PYTEST) -n $(WORKERS) --maxprocesses 4 --dist loadgroup -m faults tests/faults $(ARGS)
 
 test-slow: $(VENV)/.ready-dev
 	@$(PYTEST) -n $(WORKERS) --maxprocesses 4 -m slow $(ARGS)

@@ -2,11 +2,12 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from devec.core.errors import RefusedError
+from devec.core.errors import RefusedError, SideStepError
 from devec.io.disk import write_file
 from devec.io.folder import OutputFolder, output_file
 
@@ -25,7 +26,7 @@ def test_nothing_under_the_final_name_until_the_end(tmp_path):
     with OutputFolder(out) as folder:
         _fill(folder)
         assert not out.exists()
-        assert folder.path.parent == tmp_path and folder.path.name.startswith("out.partial-")
+        assert folder.path.is_relative_to(tmp_path / "out.partial-run")
     assert _tree(tmp_path) == {"out/sub/a.txt": b"new"}
 
 
@@ -91,15 +92,43 @@ def test_a_failed_rename_puts_the_old_output_back(tmp_path, monkeypatch):
     real = Path.rename
 
     def fail(self, target):
-        if ".partial-" in self.name:
+        if self.name == "output":
             raise OSError(errno.EIO, "Input/output error")
         return real(self, target)
 
-    monkeypatch.setattr("devec.io.folder.exchange", lambda *_: False)  # a system that cannot swap two paths at once
+    monkeypatch.setattr("devec.io.temporary.exchange", lambda *_: False)  # a system that cannot swap two paths at once
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(RefusedError, match="Input/output error"), OutputFolder(out, overwrite=True) as folder:
         _fill(folder)
     assert _tree(tmp_path) == {"out/sub/a.txt": b"old"}
+
+
+def test_an_old_output_that_was_put_aside_goes_back(tmp_path):
+    """A run without the exchange of two paths was killed between its two renames."""
+    out, aside = tmp_path / "out", tmp_path / "out.partial-run" / "aside"
+    aside.mkdir(parents=True)
+    write_file(aside / "a.txt", b"old")
+    with pytest.raises(RefusedError, match="exists already"), OutputFolder(out):
+        pass
+    assert _tree(tmp_path) == {"out/a.txt": b"old"} and not aside.parent.exists()
+
+
+def test_what_a_finished_run_could_not_delete_goes_later(tmp_path):
+    out, place = tmp_path / "out", tmp_path / "out.partial-run"
+    out.mkdir()
+    (place / ".run").mkdir(parents=True)
+    (place / "output-over").mkdir()
+    with pytest.raises(RefusedError, match="exists already"):
+        OutputFolder(out)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_temporary_folder_that_cannot_be_deleted_is_said(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(shutil, "rmtree", lambda *_args, **_more: None)
+    with pytest.raises(SideStepError, match=r"in place, but .*out\.partial-run"), OutputFolder(out) as folder:
+        _fill(folder)
+    assert (out / "sub" / "a.txt").read_bytes() == b"new"
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path):

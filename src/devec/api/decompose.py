@@ -174,7 +174,7 @@ def decompose_to(
         approve(findings)
         summary = as_dict(d, findings)
         records = tuple(input_record(v) for v in pool)
-        artifact.write_decomposition(folder.path, d, summary, _sources(pool))
+        artifact.write_decomposition(folder.path, d, summary, _sources(pool), place=folder.place)
         write_records(folder.path, provenance(records), summary=summary["totals"])
     return summary
 
@@ -196,7 +196,7 @@ def save_decomposition(
     kept = [*(p for v in d.pool for p in source_paths(v)), *(found for p in inputs for found in named_paths(str(p)))]
     provenance = _provenance(d.factoring, d.view)(tuple(input_record(v) for v in d.pool))
     with OutputFolder(Path(out), overwrite=overwrite, inputs=kept) as folder:
-        artifact.write_decomposition(folder.path, d, summary, _sources(d.pool))
+        artifact.write_decomposition(folder.path, d, summary, _sources(d.pool), place=folder.place)
         write_records(folder.path, provenance, summary=summary["totals"])
     return summary
 

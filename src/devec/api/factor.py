@@ -22,8 +22,9 @@ from devec.engine.memory import available, fit_workers
 from devec.engine.stream import Check, Unit, stream
 from devec.engine.threads import Progress, silent
 from devec.io.checkpoint import Checkpoint
+from devec.io.disk import refusing
 from devec.io.folder import OutputFolder, Run
-from devec.io.journal import RUN, Finished, check_unchanged
+from devec.io.journal import Finished, check_unchanged
 from devec.io.parts import is_sound, members_in, part_name, read_part, write_part
 from devec.methods.decompose.shared_unique import shared_unique, working_bytes
 
@@ -151,8 +152,9 @@ class Factored:
         """Factor what is not factored yet; returns factors that are read when asked for."""
         journal = folder.journal
         assert journal is not None
-        parts = folder.path / RUN / "parts"
-        parts.mkdir(exist_ok=True)
+        parts = folder.kept / "parts"
+        with refusing(folder.out):
+            parts.mkdir(exist_ok=True)
         place = {n: parts / part_name(i) for i, n in enumerate(self.names)}
         sources = checkpoints_of_pool(self.pool)
         for source in sources:

@@ -151,12 +151,13 @@ def _system_error(error: Exception) -> int | None:
     """Errors of the operating system that reach the top: a file that cannot be read, a full disk, no memory."""
     import errno
 
+    more = "".join(f". {note}" for note in getattr(error, "__notes__", []))
     if isinstance(error, MemoryError):
-        return _say("not enough memory; use --exclude, a lower --rank, or a machine with more", 5)
+        return _say(f"not enough memory; use --exclude, a lower --rank, or a machine with more{more}", 5)
     if isinstance(error, OSError):
         refused = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
         where = f" (in {error.filename})" if error.filename else ""
-        return _say(f"{error.strerror or error}{where}", 5 if error.errno in refused else 3)
+        return _say(f"{error.strerror or error}{where}{more}", 5 if error.errno in refused else 3)
     return None
 
 

@@ -154,17 +154,20 @@ def write_decomposition(
     d: Decomposition,
     summary: Mapping[str, Any],
     sources: Mapping[str, Source],
+    *,
+    place: Path | None = None,
 ) -> None:
     """Write ``factors.safetensors``, ``spectra.json`` and ``manifest.json`` into an existing empty folder.
 
-    ``sources`` says for which vectors the deltas are referred to instead of embedded.
+    ``sources`` says for which vectors the deltas are referred to instead of embedded, by paths that start from
+    ``place``, where the folder will stand (default: where it stands).
     """
     # Twice over the factors and embedded deltas: once for the header, once for the numbers, so that one is in memory.
     rows = [row_of(t) for t in d.tensors.values()]
     vectors = []
     for i in range(len(d.pool)):
         known = sources.get(d.vectors[i])
-        source = None if known is None else known.seen_from(folder)
+        source = None if known is None else known.seen_from(folder if place is None else place)
         vectors.append(_vector_out(d.original(d.vectors[i]), source))
     entries = [(n, TensorInfo(tuple(t.shape), t.dtype)) for n, t in _numbers(d, vectors)]
     with SafetensorsWriter(folder / FACTORS, entries, {"format": "pt", "devec.kind": "decomposition"}) as writer:

@@ -2,25 +2,35 @@
 
 Everything is written beside its final place, flushed to the disk, and renamed. Nothing stands under the final name
 before that, and an old output is given up only once the new one has taken its place. What an interrupted run had
-finished waits under the temporary name for ``--resume``.
+finished waits under the temporary name for ``--resume``; ``io.temporary`` says how.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from devec.core.errors import DevecError, RefusedError, RunInterrupted, resumable
+from devec.core.errors import DevecError, RefusedError, RunInterrupted, SideStepError, resumable
 from devec.io.disk import refusing, sync
-from devec.io.exchange import exchange
 from devec.io.journal import RUN, Identity, Journal, check_same_run, lock, read_lines, read_plan, write_plan
+from devec.io.temporary import (
+    ASIDE,
+    DATA,
+    bytes_in,
+    discard,
+    empty,
+    finished_in,
+    replace,
+    still_there,
+    sync_tree,
+    temporary,
+    tidy,
+)
 
 
 def check_output(
@@ -46,9 +56,8 @@ def check_output(
         _refuse_input(out, real.resolve(), Path(source).resolve())
     if os.path.lexists(real):
         if not overwrite:
-            raise RefusedError(
-                "the output exists already", file=out, remedy="Choose another -o, or replace it with --overwrite."
-            )
+            tidy(temporary(real))
+            raise _exists(out)
         _refuse_precious(out, real)
     if expected_bytes is not None:
         with refusing(parent):
@@ -59,6 +68,12 @@ def check_output(
                 values={"needed": f"{expected_bytes:,} bytes", "free": f"{free:,} bytes"}, file=parent,
                 remedy="Free some space, or give -o a place on another disk.",
             )
+
+
+def _exists(out: Path) -> RefusedError:
+    return RefusedError(
+        "the output exists already", file=out, remedy="Choose another -o, or replace it with --overwrite."
+    )
 
 
 def _refuse_input(out: Path, real: Path, source: Path) -> None:
@@ -102,8 +117,9 @@ class OutputFolder:
 
     ``path`` is where to write. ``inputs`` are files and folders that must stay as they are. One process at a time
     writes an output (or, with shards, one per shard); a second is refused. With ``run`` the finished tensors are in
-    ``journal``, and an interrupt, a full disk or a vanished input leaves them for ``--resume``; everything else leaves
-    nothing. With ``single`` the result is the one file ``path / out.name``.
+    ``journal`` (and ``kept`` is a folder for what else they need), and an interrupt, a full disk or a vanished input
+    leaves them for ``--resume``; everything else leaves nothing. With ``single`` the result is the one file
+    ``path / out.name``.
     """
 
     def __init__(
@@ -118,23 +134,32 @@ class OutputFolder:
     ) -> None:
         self.out = Path(out)
         self.overwrite, self.run, self.single = overwrite, run, single
-        place = self.out.absolute()
-        self.path = place.with_name(f"{place.name}.partial-run")
+        self.place = temporary(self.out)
+        self.path = self.place / DATA
+        self.kept = self.place / RUN
         self.journal: Journal | None = None
         self._lock = -1
         if expected_bytes is not None and run is not None and (run.resume or run.shard or run.join):
-            expected_bytes = max(expected_bytes - _bytes_in(self.path), 0)
+            expected_bytes = max(expected_bytes - bytes_in(self.path), 0)
         check_output(self.out, overwrite=overwrite, inputs=inputs, expected_bytes=expected_bytes)
 
     def __enter__(self) -> OutputFolder:
         with refusing(self.out):
             self._take()
         try:
-            self._prepare()
-        except BaseException:
-            if not _finished_in(self.path) and (self.run is None or self.run.shard is None):
-                _discard(self.path)
-            self._let_go()
+            with refusing(self.out):
+                self._prepare()
+        except BaseException as error:
+            try:
+                done = finished_in(self.place)
+                if done and resumable(error):
+                    self._tell(error, done)
+                elif not done and (self.run is None or self.run.shard is None):
+                    self._drop()
+            finally:
+                if self.journal is not None:
+                    self.journal.close()
+                self._let_go()
             raise
         return self
 
@@ -142,10 +167,11 @@ class OutputFolder:
         """Make the temporary folder, or take over one that nobody holds any more."""
         shared = self.run is not None and self.run.shard is not None
         while True:
-            with suppress(FileExistsError):
-                self.path.mkdir()
+            if not self.place.exists():
+                with suppress(FileExistsError):
+                    self.place.mkdir()
             try:
-                self._lock = os.open(self.path, os.O_RDONLY)
+                self._lock = os.open(self.place, os.O_RDONLY)
             except FileNotFoundError:
                 continue  # its owner has just finished
             if not lock(self._lock, shared=shared):
@@ -153,39 +179,55 @@ class OutputFolder:
                 raise RefusedError(
                     "another run is writing this output", file=self.out, remedy="Wait for it, or choose another -o."
                 )
-            now = self.path.stat() if self.path.exists() else None
-            if now is not None and os.path.samestat(now, os.fstat(self._lock)):
+            if self._holds():
                 return
             self._let_go()
 
+    def _holds(self) -> bool:
+        """Whether the temporary folder is the one that was locked, and no later one of the same name."""
+        with suppress(FileNotFoundError):
+            return os.path.samestat(self.place.stat(), os.fstat(self._lock))
+        return False
+
     def _prepare(self) -> None:
-        run, plan = self.run, read_plan(self.path)
-        done = _finished_in(self.path) if plan is not None else 0
-        if run is not None and run.shard is None and (run.resume or run.join) and plan is not None:
-            check_same_run(self.path, plan, run.identity)
-        elif run is not None and run.shard is not None and plan is not None:
-            check_same_run(self.path, plan, run.identity)
-            if not run.resume and _finished_in(self.path, run.part):
-                raise self._unfinished(_finished_in(self.path, run.part))
-        elif done and not self.overwrite:
+        self._restore()
+        run, done = self.run, finished_in(self.place)
+        plan = read_plan(self.place) if self.path.is_dir() else None
+        if run is not None and run.shard is not None:
+            if plan is not None:
+                check_same_run(self.place, plan, run.identity)
+            if not run.resume and (own := finished_in(self.place, run.part)):
+                raise self._unfinished(own)
+        elif plan is not None and done and run is not None and (run.resume or run.join):
+            check_same_run(self.place, plan, run.identity)
+        elif plan is not None and done and not self.overwrite:
             raise self._unfinished(done)
-        elif run is None or run.shard is None:
-            _empty(self.path)
+        else:
+            empty(self.place)
+        self.path.mkdir(exist_ok=True)
         if run is None:
             return
-        write_plan(self.path, run.identity)
+        write_plan(self.place, run.identity)
         if run.join and done == 0:
-            raise RefusedError("no shard has written anything", file=self.path, remedy="Run the shards first.")
-        self.journal = Journal(self.path / RUN, run.part)
+            raise RefusedError("no shard has written anything", file=self.out, remedy="Run the shards first.")
+        self.journal = Journal(self.kept, run.part, run.identity.inputs)
         if run.shard is None:
-            for part in sorted((self.path / RUN).glob("journal-*.jsonl")):
+            for part in sorted(self.kept.glob("journal-*.jsonl")):
                 self.journal.finished |= read_lines(part)[0]
             # What the end of an earlier run had written besides weights is written anew.
-            _empty(self.path, {RUN, *(record.file for record in self.journal.finished.values())})
+            empty(self.path, {record.file for record in self.journal.finished.values()})
+
+    def _restore(self) -> None:
+        """An old output that was put aside goes back if its successor has not come: it is the only one there is."""
+        aside = self.place / ASIDE
+        if os.path.lexists(aside) and not os.path.lexists(self.out):
+            aside.rename(self.out)
+            if not self.overwrite:
+                raise _exists(self.out)
 
     def _unfinished(self, done: int) -> RefusedError:
         return RefusedError(
-            "an unfinished run of this output is kept", values={"finished tensors": done}, file=self.path,
+            "an unfinished run of this output is kept", values={"finished tensors": done}, file=self.place,
             remedy="Go on with --resume, or begin again with --overwrite.",
         )
 
@@ -203,36 +245,62 @@ class OutputFolder:
             self._let_go()
 
     def _finish(self) -> None:
+        out = self.out.absolute()
         try:
             with refusing(self.out):
-                _sync_tree(self.path)
-                if self.journal is not None:
-                    _discard(self.path / RUN)
-                if self.single:
-                    _replace(self.path / self.out.name, self.out.absolute(), self.overwrite)
-                    _discard(self.path)
-                else:
-                    _replace(self.path, self.out.absolute(), self.overwrite)
+                sync_tree(self.path)
+                replace(self.path / out.name if self.single else self.path, out, self.place / ASIDE, self.overwrite)
         except BaseException as error:
             self._failed(error)
             raise
+        try:
+            for name in (DATA, ASIDE):  # while they are deleted, nobody takes them for what they were
+                with suppress(OSError):
+                    (self.place / name).rename(self.place / f"{name}-over")
+            sync(out.parent)
+        except OSError as error:
+            raise RefusedError(
+                "the output is in place, but the disk did not confirm it", values={"reason": error.strerror},
+                file=self.out, remedy="Check the disk, and the output with devec verify.",
+            ) from error
+        except KeyboardInterrupt:
+            raise RunInterrupted("the output was complete already") from None
+        finally:
+            discard(self.place)
+        if self._holds():
+            raise SideStepError(
+                "the output is in place, but its temporary folder could not be deleted", file=self.place,
+                remedy="Delete it.",
+            )
 
     def _failed(self, error: BaseException) -> None:
         """Keep what is finished for --resume where that helps, and say so; otherwise leave nothing."""
-        if self.run is not None and (self.run.shard is not None or self.run.join):
-            kept = self.run.shard is not None and self.journal is not None and len(self.journal.finished) > 0
-        else:
-            kept = self.journal is not None and bool(self.journal.finished) and resumable(error)
-            if not kept and os.path.lexists(self.path):
-                _discard(self.path)
-        if not kept or self.journal is None or not os.path.lexists(self.path):
-            return
-        done = len(self.journal.finished)
-        text = f"{done} tensors are finished and kept: give the same command with --resume to go on"
+        found = {} if self.journal is None else self.journal.finished
+        done = still_there(self.place, found.values())  # what the disk would not confirm is gone
+        alone = self.run is None or not (self.run.shard or self.run.join)
+        if done and (resumable(error) or not alone):
+            self._tell(error, done)
+        elif alone:
+            self._drop()
+
+    def _tell(self, error: BaseException, done: int) -> None:
+        """Add to whatever is raised what is kept and how to go on."""
+        how = "give devec join" if self.run is not None and self.run.join else "give the same command with --resume"
+        text = f"{done} tensors are finished and kept: {how} to go on"
         if isinstance(error, KeyboardInterrupt):
             raise RunInterrupted(text) from None
-        if isinstance(error, DevecError):
-            error.remedy = f"{error.remedy or ''} {text[0].upper()}{text[1:]}.".strip()
+        sentence = f"{text[0].upper()}{text[1:]}."
+        if not isinstance(error, DevecError):
+            error.add_note(sentence)
+            return
+        error.remedy = f"{error.remedy or ''} {sentence}".strip()
+        if error.file is not None and Path(error.file).is_relative_to(self.place):
+            error.file = str(self.out)
+
+    def _drop(self) -> None:
+        """Leave nothing, but for an old output that could not go back to its place."""
+        if os.path.lexists(self.out) or not os.path.lexists(self.place / ASIDE):
+            discard(self.place)
 
     def _let_go(self) -> None:
         if self._lock >= 0:
@@ -252,59 +320,3 @@ def output_file(
     place = OutputFolder(out, overwrite=overwrite, inputs=inputs, expected_bytes=expected_bytes, single=True)
     with place as folder:
         yield folder.path / Path(out).name
-
-
-def _bytes_in(folder: Path) -> int:
-    """Bytes that the files below a folder take on the disk (holes take none)."""
-    return sum(p.stat().st_blocks * 512 for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else 0
-
-
-def _finished_in(folder: Path, part: str = "*") -> int:
-    """How many tensors the journals of a temporary folder call finished."""
-    return sum(len(read_lines(p)[0]) for p in (folder / RUN).glob(f"journal{part}.jsonl"))
-
-
-def _empty(folder: Path, but: AbstractSet[str] = frozenset()) -> None:
-    for path in folder.iterdir():
-        if path.name not in but:
-            _discard(path)
-
-
-def _replace(partial: Path, out: Path, overwrite: bool) -> None:
-    """Put ``partial`` in the place of ``out``, in one step where the system can; what was there is deleted last."""
-    if not os.path.lexists(out):
-        partial.rename(out)
-        sync(out.parent)
-        return
-    if not overwrite:
-        raise RefusedError("the output appeared while it was being written", file=out, remedy="Choose another -o.")
-    if exchange(partial, out):
-        sync(out.parent)
-        _discard(partial)
-        return
-    aside = out.with_name(f"{out.name}.replaced-{secrets.token_hex(4)}")
-    out.rename(aside)
-    try:
-        partial.rename(out)
-    except BaseException:
-        aside.rename(out)
-        raise
-    try:
-        sync(out.parent)
-    finally:
-        _discard(aside)
-
-
-def _sync_tree(folder: Path) -> None:
-    for place, _folders, files in os.walk(folder):
-        for name in files:
-            sync(Path(place) / name)
-        sync(Path(place))
-
-
-def _discard(path: Path) -> None:
-    """Remove a file or folder; what cannot be removed stays, since an error is being reported already."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

@@ -92,11 +92,13 @@ def _later(then: int, now: int) -> str:
 class Journal:
     """The finished tensors of one run, or of one shard of a run that several processes share.
 
-    Raises RefusedError when another process holds the same journal.
+    ``inputs`` are the files that tensors are made of, as :func:`stamp` found them: what was made after one of them
+    changed is not entered. Raises RefusedError when another process holds the same journal.
     """
 
-    def __init__(self, folder: Path, part: str = "") -> None:
+    def __init__(self, folder: Path, part: str = "", inputs: Mapping[str, list[int]] | None = None) -> None:
         self.path = folder / f"journal{part}.jsonl"
+        self.inputs = inputs or {}
         with refusing(self.path):
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             if not lock(self._fd, shared=False):
@@ -105,11 +107,16 @@ class Journal:
                     "another process writes this part of the output", file=self.path,
                     remedy="Wait for it, or give each process its own --shard-of.",
                 )
-        self.finished, whole = read_lines(self.path)
-        os.ftruncate(self._fd, whole)  # a line that was cut short by the end of its process
+            try:
+                self.finished, whole = read_lines(self.path)
+                os.ftruncate(self._fd, whole)  # a line that was cut short by the end of its process
+            except BaseException:
+                os.close(self._fd)
+                raise
 
     def append(self, record: Finished) -> None:
         """Remember one more tensor. The line is written at once, in a single call."""
+        check_unchanged(self.inputs)  # else the file might be put back, and its strange numbers taken for finished
         line = json.dumps(asdict(record), ensure_ascii=False, separators=(",", ":")) + "\n"
         with refusing(self.path):
             data = memoryview(line.encode())

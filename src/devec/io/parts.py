@@ -13,7 +13,7 @@ from devec.core.contracts import TensorInfo
 from devec.core.errors import InputError
 from devec.core.layout import Layout
 from devec.core.results import TensorFactors
-from devec.io.disk import sha256_of
+from devec.io.disk import refusing, sha256_of
 from devec.io.safetensors_file import SafetensorsFile
 from devec.io.writer import SafetensorsWriter
 from devec.linalg.lowrank import ThinSVD
@@ -29,7 +29,8 @@ def part_name(index: int) -> str:
 def write_part(path: Path, factors: TensorFactors) -> tuple[str, int]:
     """Write the factors of one tensor; returns the file's SHA-256 and size. What stood there is replaced."""
     tensors, row = tensors_of(factors), row_of(factors)
-    path.unlink(missing_ok=True)
+    with refusing(path):
+        path.unlink(missing_ok=True)
     entries = [(n, TensorInfo(tuple(t.shape), t.dtype)) for n, t in tensors.items()]
     writer = SafetensorsWriter(path, entries, {_ROW: json.dumps(row)})
     try:

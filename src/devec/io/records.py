@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +16,6 @@ import yaml
 
 from devec.core.provenance import SCHEMA, Provenance, plain
 from devec.io.disk import refusing, sha256_of, write_file
-from devec.io.journal import RUN
 
 RECORDS = ".devec"
 MANIFEST = f"{RECORDS}/manifest.json"
@@ -69,8 +67,6 @@ def write_records(
     """
     records = folder / RECORDS
     with refusing(records):
-        if records.is_dir():  # of a run that was stopped while it wrote them
-            shutil.rmtree(records)
         records.mkdir()
     write_file(records / "recipe.yaml", dump_yaml(provenance.to_recipe()))
     write_file(records / "lock.json", dump_json(provenance.to_lock()))
@@ -92,6 +88,5 @@ def build_manifest(folder: Path, known: Mapping[str, str] | None = None) -> dict
 
 
 def list_files(folder: Path) -> list[str]:
-    """Every file below ``folder``, as sorted POSIX paths relative to it, without what a run keeps for itself."""
-    found = (p.relative_to(folder) for p in folder.rglob("*") if not p.is_dir())
-    return sorted(p.as_posix() for p in found if p.parts[0] != RUN)
+    """Every file below ``folder``, as sorted POSIX paths relative to it."""
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir())

@@ -172,7 +172,6 @@ class ShardWriter:
         if len(self.shards) > 1:
             weight_map = {name: shard.filename for name, shard in sorted(self._shard_of.items())}
             index = {"metadata": {"total_size": self.total_size}, "weight_map": weight_map}
-            (self.folder / INDEX).unlink(missing_ok=True)  # of a run that was stopped after this
             write_file(self.folder / INDEX, dump_json(index))
 
     def release(self) -> None:

@@ -50,7 +50,8 @@ class SafetensorsWriter:
     ``entries`` names every tensor with its shape and dtype; they may be written in any order (in the order given, the
     file's hash costs no second reading). Every byte follows from the entries, the metadata and the values: there is
     nothing else in the file. With ``hashes_in_header`` the metadata also holds the SHA-256 of each tensor under
-    :data:`TENSOR_HASHES`. With ``reopen`` the file may exist, begun with the same entries and metadata.
+    :data:`TENSOR_HASHES`. With ``reopen`` the file may exist, begun with the same entries and metadata, and
+    it outlives a failure (all but that of the last flush) so that it can be gone on with.
 
     As a context manager it closes on success and removes the file on failure.
     """
@@ -71,6 +72,7 @@ class SafetensorsWriter:
             raise ValueError("a tensor name is announced twice")
         self._metadata = {"format": "pt", **(metadata or {})}
         self._hashes_in_header = hashes_in_header
+        self._keep = reopen
         self._order = sorted(self._infos, key=lambda n: -self._infos[n].dtype.itemsize)
         self._offsets: dict[str, int] = {}
         at = 0
@@ -236,18 +238,26 @@ class SafetensorsWriter:
                 if os.fstat(self._fd).st_size != self.size:
                     raise OSError(0, f"the file is not {self.size} bytes long")
                 if sync:
-                    os.fsync(self._fd)
+                    self._flush()
         except BaseException:
             self.abort()
             raise
         self._digest = self._hash.hexdigest()
         self.release()
 
+    def _flush(self) -> None:
+        try:
+            os.fsync(self._fd)
+        except OSError:
+            self._keep = False  # in memory it may look whole, and a second flush say nothing
+            raise
+
     def abort(self) -> None:
-        """Close and remove the unfinished file."""
+        """Close the unfinished file and remove it, unless it can be gone on with."""
         if self._fd >= 0:
             self.release()
-            self.path.unlink(missing_ok=True)
+            if not self._keep:
+                self.path.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Close the file as it is."""
