@@ -247,10 +247,15 @@ def _factor(work: Work, shape: Shape, vectors: int, cluster: Cluster, rates: Rat
         yield Stage("cpu", flops / rates.dense_flops.value)
 
 
+def _hashed(written: float, rates: Rates) -> float:
+    """Seconds to hash an output: its tensors as they are written, and the finished file."""
+    return written / rates.hash.value + written / rates.hash_file.value
+
+
 def _ending(work: Work, shape: Shape, cluster: Cluster, rates: Rates) -> Iterator[Stage]:
     """Inner products, algebra, the parts that are written, and the hash of what is written."""
     on_card = work.kind == "dense" and cluster.cards
-    cpu = work.algebra_seconds(shape, rates) + work.write_bytes(shape) / rates.hash.value
+    cpu = work.algebra_seconds(shape, rates) + _hashed(work.write_bytes(shape), rates)
     if on_card:
         yield Stage("gpu", (work.product_flops(shape) + work.apply_flops(shape)) / rates.gpu_flops.value)
     else:
@@ -284,7 +289,7 @@ def _factoring(work: Work, shape: Shape, vectors: int, cluster: Cluster, rates: 
         cluster, rates,
         Stage("cpu", _intake(work, shape, vectors, rates)),
         *_factor(work, shape, vectors, cluster, rates),
-        Stage("cpu", written / rates.hash.value),
+        Stage("cpu", _hashed(written, rates)),
         read=work.read_bytes(shape, vectors), write=written,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Hashes gathered in passing: the true SHA-256 of every tensor, whoever reads what in which order."""
+"""Hashes gathered in passing: the true BLAKE3 hash of every tensor, whoever reads what in which order."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from threading import Thread
 
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -32,9 +33,9 @@ TENSORS = {
 }
 
 
-def sha256(value: Tensor) -> str:
+def hash_of(value: Tensor) -> str:
     raw = value.contiguous().reshape(-1).view(torch.uint8) if value.numel() else torch.zeros(0, dtype=torch.uint8)
-    return hashlib.sha256(bytes(raw.tolist()) if raw.numel() < 1000 else raw.numpy().tobytes()).hexdigest()
+    return blake3(bytes(raw.tolist()) if raw.numel() < 1000 else raw.numpy().tobytes()).hexdigest()
 
 
 class Source:
@@ -67,9 +68,9 @@ def test_any_readings_in_any_order(readings: list[tuple[str, tuple[int, int]]]) 
     source = Source()
     for name, (start, stop) in readings:
         source.read(name, start, stop)
-    assert all(found == sha256(TENSORS[name]) for name, found in source.digests.take().items())
+    assert all(found == hash_of(TENSORS[name]) for name, found in source.digests.take().items())
     for name in ("matrix", "bytes", "half"):
-        assert source.digests.get(name) == sha256(TENSORS[name])
+        assert source.digests.get(name) == hash_of(TENSORS[name])
 
 
 @given(st.permutations([*range(ROWS)] * 2), st.randoms(use_true_random=False))
@@ -81,7 +82,7 @@ def test_two_readers_that_interleave(_: list[int], choice: random.Random) -> Non
         stop = choice.randint(at[who] + 1, ROWS)
         source.read("matrix", at[who], stop)
         at[who] = stop
-    assert source.digests.get("matrix") == sha256(TENSORS["matrix"])
+    assert source.digests.get("matrix") == hash_of(TENSORS["matrix"])
 
 
 @pytest.mark.parametrize("name", TENSORS)
@@ -90,15 +91,15 @@ def test_a_tensor_read_in_order_by_somebody_is_not_read_again(name: str) -> None
     for start, stop in row_blocks(tuple(TENSORS[name].shape)):
         source.read(name, start, stop)
     if name != "no rows":  # nothing was read of it
-        assert source.digests.take() == {name: sha256(TENSORS[name])}
-    assert source.digests.get(name) == sha256(TENSORS[name])
+        assert source.digests.take() == {name: hash_of(TENSORS[name])}
+    assert source.digests.get(name) == hash_of(TENSORS[name])
     assert source.own == []
 
 
 @pytest.mark.parametrize("name", TENSORS)
 def test_a_tensor_that_nobody_read_is_read_once(name: str) -> None:
     source = Source()
-    assert source.digests.get(name) == source.digests.get(name) == sha256(TENSORS[name])
+    assert source.digests.get(name) == source.digests.get(name) == hash_of(TENSORS[name])
     assert source.own == [name] * len(list(row_blocks(tuple(TENSORS[name].shape))))
     assert source.digests.take() == {}  # not found in passing
 
@@ -140,7 +141,7 @@ def test_many_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert source.digests.take() == {name: sha256(TENSORS[name]) for name in names}
+    assert source.digests.take() == {name: hash_of(TENSORS[name]) for name in names}
 
 
 def test_the_fingerprint_is_over_names_shapes_dtypes_and_hashes() -> None:
@@ -148,7 +149,7 @@ def test_the_fingerprint_is_over_names_shapes_dtypes_and_hashes() -> None:
     expected = hashlib.sha256()
     for name in names:
         value = TENSORS[name]
-        expected.update(json.dumps([name, list(value.shape), str(value.dtype), sha256(value)]).encode())
+        expected.update(json.dumps([name, list(value.shape), str(value.dtype), hash_of(value)]).encode())
     for order in (names, names[::-1]):
         assert source.digests.fingerprint(order) == expected.hexdigest()
 
@@ -156,9 +157,9 @@ def test_the_fingerprint_is_over_names_shapes_dtypes_and_hashes() -> None:
 @pytest.mark.parametrize("name", TENSORS)
 def test_bytes_are_those_of_the_tensor_in_row_major_order(name: str) -> None:
     value = TENSORS[name]
-    assert hashlib.sha256(bytes_of(value)).hexdigest() == sha256(value)
+    assert blake3(bytes_of(value)).hexdigest() == hash_of(value)
     if value.ndim == 2:
-        assert hashlib.sha256(bytes_of(value.T)).hexdigest() == sha256(value.T.contiguous())
+        assert blake3(bytes_of(value.T)).hexdigest() == hash_of(value.T.contiguous())
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:
@@ -179,9 +180,9 @@ def test_a_checkpoint_hashes_what_is_read_of_it(tmp_path: Path) -> None:
             checkpoint.rows("several blocks", start, stop)
         checkpoint.rows("half", 0, 3)
         assert checkpoint.digests.take() == {
-            name: sha256(TENSORS[name]) for name in ("matrix", "scalar", "several blocks")
+            name: hash_of(TENSORS[name]) for name in ("matrix", "scalar", "several blocks")
         }
-        assert checkpoint.digests.get("half") == sha256(TENSORS["half"])
+        assert checkpoint.digests.get("half") == hash_of(TENSORS["half"])
 
 
 def test_a_tied_name_is_hashed_as_what_it_is_stored_as() -> None:
@@ -190,4 +191,4 @@ def test_a_tied_name_is_hashed_as_what_it_is_stored_as() -> None:
     checkpoint.digests.watch()
     checkpoint.rows("b", 0, 2)
     checkpoint.rows("a", 2, ROWS)
-    assert checkpoint.digests.take() == {"a": sha256(value)}
+    assert checkpoint.digests.take() == {"a": hash_of(value)}

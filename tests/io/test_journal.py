@@ -123,7 +123,7 @@ def test_a_broken_line_ends_what_is_known(line: bytes, tmp_path: Path) -> None:
     journal.append(Finished("a", "f", "s", 1))
     journal.close()
     size = journal.path.stat().st_size
-    later = json.dumps({"name": "b", "file": "f", "sha256": "s", "bytes": 1}).encode() + b"\n"
+    later = json.dumps({"name": "b", "file": "f", "digest": "s", "bytes": 1}).encode() + b"\n"
     journal.path.write_bytes(journal.path.read_bytes() + line + later)
     assert read_lines(journal.path) == ({"a": Finished("a", "f", "s", 1)}, size)
     Journal(tmp_path).close()
@@ -138,7 +138,7 @@ def test_what_is_struck_is_gone_until_it_is_finished_again(tmp_path: Path) -> No
     assert set(journal.finished) == {"b"}
     journal.append(Finished("a", "f", "another", 1))
     journal.close()
-    assert read_lines(journal.path)[0]["a"].sha256 == "another"
+    assert read_lines(journal.path)[0]["a"].digest == "another"
 
 
 # --- the same run ----------------------------------------------------------------------------------------------------

@@ -226,7 +226,7 @@ def test_one_file_holds_recipe_and_hashes(base, tmp_path):
     with safe_open(out, "pt") as f:
         metadata = f.metadata()
     assert yaml.safe_load(metadata["devec.recipe"])["command"] == "merge"
-    assert set(json.loads(metadata["devec.sha256"])) == set(base.tensors)
+    assert set(json.loads(metadata["devec.blake3"])) == set(base.tensors)
     assert all(torch.equal(v, base.tensors[n]) for n, v in load_file(out).items())
     assert verify_output(out).checked == len(base.tensors)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from devec.api.extract import layout_of, widened_rows
+from devec.api.extract import is_zero, layout_of, widened_rows
 from devec.api.sources import hub_of
 from devec.core.contracts import TensorInfo, TensorSource
 from devec.core.delta import Delta, DenseDelta, LowRankDelta
@@ -121,13 +121,21 @@ class Edited:
             by_rows = isinstance(delta, (DenseDelta, LazyDelta, LowRankDelta))
             terms.append((coefficient, in_file(delta if by_rows else DenseDelta(delta.dense()), layout.transposed)))
 
+        empty = bool(terms) and is_zero(self.base, name)
+
         def read(start: int, stop: int) -> Tensor:
-            before = widened_rows(self.base, name, start, stop, dtype)
-            total = before
+            total = None if empty else widened_rows(self.base, name, start, stop, dtype)
+            own = False  # whether nobody else holds the total
             for coefficient, delta in terms:
-                rows = delta.rows(start, stop).dense().to(dtype).reshape(before.shape)
+                rows = delta.rows(start, stop).dense().to(dtype).reshape(stop - start, *stored.shape[1:])
                 rows = rows if coefficient == 1.0 else rows * coefficient
-                total = total + rows if total is before else total.add_(rows)
+                if total is None:
+                    total = rows
+                elif own:
+                    total.add_(rows)
+                else:
+                    total, own = total + rows, True
+            assert total is not None
             return total
 
         return read

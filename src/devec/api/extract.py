@@ -110,13 +110,23 @@ def difference(base: TensorSource, model: TensorSource, name: str, layout: Layou
     """One tensor of ``model`` minus the same of ``base``, in ``dtype`` or wider, as a delta that reads when asked."""
     wide = torch.promote_types(torch.promote_types(dtype, model.info(name).dtype), base.info(name).dtype)
 
+    def weights(start: int, stop: int) -> Tensor:
+        return model.rows(name, start, stop).to(wide).reshape(stop - start, prod(layout.shape[1:]))
+
     def read(start: int, stop: int) -> Tensor:
         before, stored = widened_rows(base, name, start, stop, wide), model.rows(name, start, stop)
         tuned = stored.to(wide)
         rows = tuned - before if tuned is stored else tuned.sub_(before)  # the widened copy is nobody else's
         return rows.reshape(stop - start, prod(rows.shape[1:]))
 
-    return LazyDelta(layout.matrix_shape, wide, read, transposed=layout.transposed)
+    whole = is_zero(base, name)
+    return LazyDelta(layout.matrix_shape, wide, weights if whole else read, transposed=layout.transposed)
+
+
+def is_zero(base: TensorSource, name: str) -> bool:
+    """Whether ``base`` says that this tensor of it is zero and need not be read."""
+    known = getattr(base, "is_zero", None)
+    return known is not None and bool(known(name))
 
 
 _last = local()

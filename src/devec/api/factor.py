@@ -161,7 +161,7 @@ class Factored:
             source.digests.watch()
         learn(sources, journal.finished.values())
         mine = self._mine()
-        journal.forget([n for n, r in journal.finished.items() if n in place and not is_sound(place[n], r.sha256)])
+        journal.forget([n for n, r in journal.finished.items() if n in place and not is_sound(place[n], r.digest)])
         todo = [n for n in mine if n not in journal.finished]
         if self.engine.join and todo:
             raise RefusedError(

@@ -72,15 +72,16 @@ class ZeroBase:
 
     def get(self, name: str) -> Tensor:
         info = self.info(name)
-        return torch.zeros(info.shape, dtype=info.dtype) if self._empty(name) else self.like.get(name)
+        return torch.zeros(info.shape, dtype=info.dtype) if self.is_zero(name) else self.like.get(name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        if not self._empty(name):
+        if not self.is_zero(name):
             return self.like.rows(name, start, stop)
         info = self.info(name)
         return torch.zeros((stop - start, *info.shape[1:]), dtype=info.dtype)
 
-    def _empty(self, name: str) -> bool:
+    def is_zero(self, name: str) -> bool:
+        """Whether the tensor is zero here, not the model's own."""
         return self.like.info(name).dtype.is_floating_point and self.selection.keeps(name)
 
 

@@ -42,7 +42,7 @@ def plan_write(model: TensorSource, engine: Engine, out_dtype: object = None, ra
         elements += prod(info.shape) * max(operands, 1)
         flops += 3 * prod(info.shape) * operands
     flops += sum(_product_flops(v) for v in _vectors(model))
-    seconds = (stored + 2 * written) / rates.hashed + elements / rates.elements
+    seconds = (stored + written) / rates.hashed + written / rates.hashed_files + elements / rates.elements
     seconds += sum(_product_flops(v) for v in _vectors(model)) / rates.flops
     return Stage(
         "write", len(entries), read, written, flops, peak(workers, needs, engine.memory),
@@ -81,7 +81,8 @@ def plan_decompose(pool: Pool, factoring: Factoring, engine: Engine, rates: Rate
         single += adapters * 8 * (rows + cols) * 16 * 16
         written += k * 4 * r * (rows if factoring.side == "left" else rows + cols)
         pairs += k * (k - 1) // 2 * (2 * rows * r * r + 20 * r**3)
-    core = single / rates.flops + double / rates.flops64 + elements / rates.elements + read / rates.hashed
+    core = single / rates.flops + double / rates.flops64 + elements / rates.elements
+    core += read / rates.hashed + written / rates.hashed_files
     memory = peak(workers, [needs[n].memory for n in names], engine.memory)
     factor = Stage("factor", len(names), read, written, single + double, memory, wall(core, workers, read, written))
     spent = pairs / rates.flops64

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from contextvars import ContextVar
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 import click
 
 from devec import __version__
+from devec.cli import process
 
 COMMANDS = {
     "inspect": ("devec.cli.look", "inspect", "Show format, tensors, ranks and norms; check that sources fit."),
@@ -42,6 +44,15 @@ class ReaderGone(Exception):
     """Standard output was closed before all was printed (devec ... | head)."""
 
 
+@cache
+def _command(name: str) -> click.Command:
+    module, attribute, _ = COMMANDS[name]
+    command = getattr(import_module(module), attribute)
+    assert isinstance(command, click.Command) and command.callback is not None
+    command.callback = process.with_torch(command.callback)
+    return command
+
+
 class LazyGroup(click.Group):
     """A group that knows its commands' one-line help without importing them."""
 
@@ -49,12 +60,7 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
-            return None
-        module, attribute, _ = COMMANDS[name]
-        command = getattr(import_module(module), attribute)
-        assert isinstance(command, click.Command)
-        return command
+        return _command(name) if name in COMMANDS else None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -95,12 +101,10 @@ def cli() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit with its code. A user's mistake is one line on stderr, never a traceback."""
-    code = run(sys.argv[1:] if argv is None else argv)
-    if code == INTERRUPTED:  # threads may sit in a product that takes longer than anybody wants to wait
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    words = sys.argv[1:] if argv is None else argv
+    process.keep_memory()
+    process.read_ahead(words)
+    process.leave(run(words))
 
 
 def run(argv: list[str]) -> int:

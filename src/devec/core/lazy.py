@@ -15,7 +15,7 @@ from torch import Tensor
 
 from devec.core.delta import Delta, DenseDelta, LowRankDelta, same_shape
 
-BLOCK = 1 << 17
+BLOCK = 1 << 18
 """Elements in a block of rows. A constant, because a product of factors may round otherwise in blocks of another size.
 In float32 half a megabyte: a sum of several models stays in the processor's cache, and the allocator hands out the same
 memory again instead of asking the system for it (at 1 MB and more a sum of four bf16 models took 2.7 times as long)."""

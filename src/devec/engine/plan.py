@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from blake3 import blake3
 
 from devec.engine.memory import ARENA, resident
 from devec.linalg.numerics import one_blas_thread
@@ -22,9 +23,11 @@ OVERLAP = 0.8
 
 @dataclass(frozen=True)
 class Rates:
-    """What one core does in a second: bytes hashed, elements summed, float32 and float64 FLOP of matrix products."""
+    """What one core does in a second: bytes of tensors (BLAKE3) and of files (SHA-256) hashed, elements summed, and
+    float32 and float64 FLOP of matrix products."""
 
     hashed: float
+    hashed_files: float
     elements: float
     flops: float
     flops64: float
@@ -38,7 +41,8 @@ class Rates:
             a = torch.ones(512, 512)
             b = a.double()
             return cls(
-                hashed=(1 << 22) / _seconds(lambda: hashlib.sha256(data).digest()),
+                hashed=(1 << 22) / _seconds(lambda: blake3(data).digest()),
+                hashed_files=(1 << 22) / _seconds(lambda: hashlib.sha256(data).digest()),
                 # to float32, minus the base, times a weight, added: what each operand of a sum goes through
                 elements=(1 << 17) / _seconds(lambda: (y.float().sub_(x) * 0.5).add_(x)),
                 flops=2 * 512**3 / _seconds(lambda: a @ a),

@@ -12,19 +12,21 @@ from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from devec.core.contracts import TensorInfo
 from devec.core.lazy import row_blocks
+from devec.io.hashing import tensor_hash
 
 
 class TensorDigests:
-    """SHA-256 of each tensor's bytes as stored, by name. Nothing is hashed in passing before :meth:`watch`."""
+    """BLAKE3 of each tensor's bytes as stored, by name. Nothing is hashed in passing before :meth:`watch`."""
 
     def __init__(self, info: Callable[[str], TensorInfo], rows: Callable[[str, int, int], Tensor]) -> None:
         self._info, self._rows = info, rows
         self._known: dict[str, str] = {}
-        self._open: dict[str, tuple[int, hashlib._Hash]] = {}
+        self._open: dict[str, tuple[int, blake3]] = {}
         self._new: dict[str, str] = {}
         self._watching = False
         self._lock = Lock()
@@ -38,7 +40,7 @@ class TensorDigests:
         if not self._watching or name in self._known:
             return
         with self._lock:
-            at, digest = self._open.pop(name, (0, hashlib.sha256()))
+            at, digest = self._open.pop(name) if name in self._open else (0, tensor_hash())
             if at != start or name in self._known:
                 if name not in self._known:
                     self._open[name] = (at, digest)
@@ -54,7 +56,7 @@ class TensorDigests:
     def get(self, name: str) -> str:
         """The hash of one tensor, which is read if it must be."""
         if name not in self._known:
-            digest = hashlib.sha256()
+            digest = tensor_hash()
             for start, stop in row_blocks(self._info(name).shape):
                 digest.update(bytes_of(self._rows(name, start, stop)))
             with self._lock:

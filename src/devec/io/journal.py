@@ -25,12 +25,13 @@ PLAN = "plan.json"
 class Finished:
     """One journal line: a tensor as it was written, and the hashes of inputs found on the way.
 
-    ``inputs`` number of the input -> tensor name -> SHA-256 of its bytes there.
+    ``digest`` BLAKE3 hash of the tensor's bytes; of a file of factors the file's SHA-256
+    ``inputs`` number of the input -> tensor name -> BLAKE3 hash of its bytes there.
     """
 
     name: str
     file: str
-    sha256: str
+    digest: str
     bytes: int
     inputs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 

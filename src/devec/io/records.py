@@ -27,7 +27,7 @@ class TensorRecord:
 
     name: str
     file: str
-    sha256: str
+    blake3: str
     bytes: int
 
 

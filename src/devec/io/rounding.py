@@ -72,10 +72,10 @@ def _fits(largest: float, dtype: torch.dtype, out: torch.dtype) -> bool:
 
     Eight-bit floats saturate silently instead of overflowing, so for them the range itself decides.
     """
-    if dtype == out:
+    if dtype == out or largest <= torch.finfo(out).max:
         return True
     if out.itemsize == 1:
-        return largest <= torch.finfo(out).max
+        return False
     return bool(torch.isfinite(torch.tensor(largest, dtype=torch.float64).to(dtype).to(out)))
 
 

@@ -81,7 +81,7 @@ class ShardWriter:
 
     def missing(self) -> list[str]:
         """Planned tensors that are not written yet, in the same order."""
-        gone = {n for w in list(self._writers.values()) for n in w.tensor_sha256}
+        gone = {n for w in list(self._writers.values()) for n in w.tensor_hashes}
         return [n for n in self._infos if n not in gone]
 
     def info(self, name: str) -> TensorInfo:
@@ -116,14 +116,14 @@ class ShardWriter:
         if shard is None or not (self.folder / shard.filename).is_file():
             return False
         writer = self._writer(finished.name)
-        if writer.hash_of(finished.name) != finished.sha256:
+        if writer.hash_of(finished.name) != finished.digest:
             return False
-        writer.mark(finished.name, finished.sha256)
+        writer.mark(finished.name, finished.digest)
         return True
 
     def mark(self, record: Finished) -> None:
         """Another process has written this tensor into the same file."""
-        self._writer(record.name).mark(record.name, record.sha256)
+        self._writer(record.name).mark(record.name, record.digest)
 
     def _writer(self, name: str) -> SafetensorsWriter:
         shard = self._shard_of.get(name)
@@ -187,7 +187,7 @@ class ShardWriter:
     def journal(self) -> list[TensorRecord]:
         """One record a tensor, in file order, once closed."""
         return [
-            TensorRecord(name, shard.filename, self._writers[shard.filename].tensor_sha256[name],
+            TensorRecord(name, shard.filename, self._writers[shard.filename].tensor_hashes[name],
                          nbytes(self._infos[name]))
             for shard in self.shards
             for name in self._writers[shard.filename].order

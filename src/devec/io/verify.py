@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from devec.core.errors import GuardError, InputError
 from devec.io.disk import PIECE, sha256_of
+from devec.io.hashing import tensor_hash
 from devec.io.records import MANIFEST, list_files
 from devec.io.safetensors_file import MAX_HEADER
 from devec.io.writer import TENSOR_HASHES
@@ -131,7 +131,7 @@ def _read_header(path: Path) -> tuple[dict[str, dict[str, str]], int]:
 
 
 def _hash_range(path: Path, start: int, count: int) -> str:
-    digest = hashlib.sha256()
+    digest = tensor_hash()
     with path.open("rb") as file:
         file.seek(start)
         while count > 0 and (piece := file.read(min(count, PIECE))):

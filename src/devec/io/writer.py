@@ -26,14 +26,15 @@ from devec.core.contracts import TensorInfo
 from devec.core.errors import DevecError, IncompatibleError, RefusedError
 from devec.io.digests import bytes_of
 from devec.io.disk import PIECE, refusing, start_writing_back, write_at
+from devec.io.hashing import TENSOR_HASH, tensor_hash
 from devec.io.rounding import is_finite, not_finite
 from devec.io.safetensors_file import DTYPES, MAX_HEADER
 
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 """What safetensors calls each dtype."""
 
-TENSOR_HASHES = "devec.sha256"
-"""Metadata key: JSON object, tensor name -> SHA-256 of the tensor's bytes as stored."""
+TENSOR_HASHES = f"devec.{TENSOR_HASH}"
+"""Metadata key: JSON object, tensor name -> BLAKE3 of the tensor's bytes as stored."""
 
 _HASHED_AT_ONCE = 1 << 21
 """Bytes that are read back and hashed at once: they stay in the cache between the two."""
@@ -49,7 +50,7 @@ class SafetensorsWriter:
 
     ``entries`` names every tensor with its shape and dtype; they may be written in any order (in the order given, the
     file's hash costs no second reading). Every byte follows from the entries, the metadata and the values: there is
-    nothing else in the file. With ``hashes_in_header`` the metadata also holds the SHA-256 of each tensor under
+    nothing else in the file. With ``hashes_in_header`` the metadata also holds the BLAKE3 hash of each tensor under
     :data:`TENSOR_HASHES`. With ``reopen`` the file may exist, begun with the same entries and metadata, and
     it outlives a failure (all but that of the last flush) so that it can be gone on with.
 
@@ -66,7 +67,7 @@ class SafetensorsWriter:
         reopen: bool = False,
     ) -> None:
         self.path = Path(path)
-        self.tensor_sha256: dict[str, str] = {}
+        self.tensor_hashes: dict[str, str] = {}
         self._infos = dict(entries)
         if len(self._infos) != len(entries):
             raise ValueError("a tensor name is announced twice")
@@ -135,9 +136,9 @@ class SafetensorsWriter:
         self.write(name, [tensor], finite=finite)
 
     def write(self, name: str, blocks: Iterable[Tensor], *, finite: bool = False) -> str:
-        """Write one tensor as blocks of rows that follow one another; returns the SHA-256 of its bytes. Thread-safe.
+        """Write one tensor as blocks of rows that follow one another; returns the BLAKE3 hash of its bytes.
 
-        Nobody else may write the same tensor at the same time.
+        Thread-safe, but nobody else may write the same tensor at the same time.
         """
         if name not in self._infos:
             raise ValueError(f"tensor {name} was not announced for {self.path.name}")
@@ -145,7 +146,7 @@ class SafetensorsWriter:
             if name in self._begun:
                 raise ValueError(f"tensor {name} is written twice")
             self._begun.add(name)
-        digest = hashlib.sha256()
+        digest = tensor_hash()
         begin = at = self._start + self._offsets[name]
         end, flushed = begin + nbytes(self._infos[name]), begin
         for block in blocks:
@@ -168,7 +169,7 @@ class SafetensorsWriter:
             )
         start_writing_back(self._fd, flushed, at - flushed)
         self.mark(name, digest.hexdigest())
-        return self.tensor_sha256[name]
+        return self.tensor_hashes[name]
 
     def _unlike(self, name: str, tensor: Tensor) -> IncompatibleError:
         info = self._infos[name]
@@ -181,15 +182,15 @@ class SafetensorsWriter:
             file=self.path,
         )
 
-    def mark(self, name: str, sha256: str) -> None:
+    def mark(self, name: str, digest: str) -> None:
         """A tensor is written (by this process or another), and its bytes have this hash."""
         with self._lock:
             self._begun.add(name)
-            self.tensor_sha256[name] = sha256
+            self.tensor_hashes[name] = digest
 
     def hash_of(self, name: str) -> str:
-        """SHA-256 of what the file holds at the tensor's place now."""
-        digest, at = hashlib.sha256(), self._start + self._offsets[name]
+        """BLAKE3 hash of what the file holds at the tensor's place now."""
+        digest, at = tensor_hash(), self._start + self._offsets[name]
         end = at + nbytes(self._infos[name])
         with refusing(self.path):
             while at < end and (piece := os.pread(self._fd, min(PIECE, end - at), at)):
@@ -202,7 +203,7 @@ class SafetensorsWriter:
         if self._hashes_in_header:
             return  # the header is written last
         with self._lock:
-            while self._ready < len(self._order) and self._order[self._ready] in self.tensor_sha256:
+            while self._ready < len(self._order) and self._order[self._ready] in self.tensor_hashes:
                 self._ready += 1
             names = self._order[: self._ready]
         end = self._start + self._offsets[names[-1]] + nbytes(self._infos[names[-1]]) if names else self._start
@@ -220,7 +221,7 @@ class SafetensorsWriter:
     @property
     def missing(self) -> list[str]:
         """Tensors announced and not yet written."""
-        return [n for n in self._infos if n not in self.tensor_sha256]
+        return [n for n in self._infos if n not in self.tensor_hashes]
 
     def close(self, *, sync: bool = True) -> None:
         """Finish the file and flush it. A tensor announced and never written is an error, and the file is removed."""
@@ -233,7 +234,7 @@ class SafetensorsWriter:
         try:
             with refusing(self.path):
                 if self._hashes_in_header:
-                    write_at(self._fd, memoryview(self._header(self.tensor_sha256)), 0)
+                    write_at(self._fd, memoryview(self._header(self.tensor_hashes)), 0)
                 self._hash_until(self.size)
                 if os.fstat(self._fd).st_size != self.size:
                     raise OSError(0, f"the file is not {self.size} bytes long")

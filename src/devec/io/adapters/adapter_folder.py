@@ -78,7 +78,7 @@ def write_adapter_folder(
                 raise RefusedError("the card failed and --strict was given", values={"reason": failed}) from error
         journal = [
             TensorRecord(
-                n, files.weights, writer.tensor_sha256[n], files.tensors[n].numel() * files.tensors[n].element_size()
+                n, files.weights, writer.tensor_hashes[n], files.tensors[n].numel() * files.tensors[n].element_size()
             )
             for n in writer.order
         ]
