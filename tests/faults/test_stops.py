@@ -154,7 +154,8 @@ def test_another_command_does_not_go_on(tiny: Field, case: Case, folder: Path) -
 
 def test_nothing_begun_is_nothing_to_go_on_with(tiny: Field, case: Case, folder: Path) -> None:
     ends_well(tiny, case, folder, "--resume")
-    refused(tiny.run(case, folder, "--resume"), 5, "the output exists already")
+    assert "is complete already" in ends_well(tiny, case, folder, "--resume").said
+    refused(tiny.run(case, folder), 5, "the output exists already")
 
 
 OTHERS = {

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from devec.api.extract import to_lora
-from devec.api.output import Saving, edited, heads_from, save_model, save_vector
+from devec.api.output import (
+    Saving,
+    edited,
+    heads_from,
+    save_model,
+    save_vector,
+    written_model,
+    written_vector,
+)
 from devec.api.references import ViewLike, existing, load_pool, open_model, parse
 from devec.api.sources import hub_of, public_name
 from devec.core.block import Block
@@ -260,3 +268,13 @@ def save_merged(
         )
     return save_vector(vector, out, saving, heads=kept), errors
 
+
+def written_merge(
+    merged: Merged, out: str | Path, saving: Saving, *, compression: Compression, heads: str | None = None
+) -> WrittenModel:
+    """What :func:`save_merged` has written there before; RefusedError if that is not what stands there."""
+    saving = saving.for_inputs(merged.pool, merged.reference_base)
+    if merged.base is None or compression.asked:
+        return written_vector(out, saving)
+    model = edited(merged.base, [(1.0, merged.vector)], saving, heads_from(heads, list(merged.pool)))
+    return written_model(model, out, saving)

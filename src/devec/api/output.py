@@ -21,7 +21,7 @@ from devec.core.errors import DevecError, IncompatibleError, RefusedError, Usage
 from devec.core.provenance import InputRecord, Provenance
 from devec.core.vectors import LazyMap, TaskVector, cost_of
 from devec.engine.threads import Progress, silent
-from devec.io import artifact
+from devec.io import artifact, complete
 from devec.io.adapters.write import write_adapter
 from devec.io.folder import OutputFolder
 from devec.io.model_folder import WrittenModel, plan_model, write_model_folder
@@ -127,6 +127,28 @@ def save_model(model: TensorSource, out: str | Path, saving: Saving, base_models
             card_text=saving.card_text,
             inputs=saving.kept,
         )
+
+
+def written_model(model: TensorSource, out: str | Path, saving: Saving) -> WrittenModel:
+    """What :func:`save_model` has written there before; RefusedError if that is not what stands there."""
+    def provenance(hashes: bool) -> Provenance:
+        return saving.provenance(hashes=hashes)
+
+    plan = plan_model(
+        Path(out), model, provenance(False), out_dtype=saving.out_dtype, shard_size=saving.shard_size
+    )
+    return complete.written_model(plan, provenance, getattr(model, "folder", None))
+
+
+def written_vector(out: str | Path, saving: Saving, *, adapter: bool = True) -> WrittenModel:
+    """What :func:`save_vector` (or, no ``adapter``, :func:`save_artifact`) has written there before."""
+    def provenance(hashes: bool) -> Provenance:
+        return saving.provenance(hashes=hashes)
+
+    place = Path(out)
+    if place.suffix == ".safetensors":
+        return complete.written_file(place, provenance)
+    return complete.written_folder(place, provenance, beside=["README.md"] if adapter else [])
 
 
 @contextmanager

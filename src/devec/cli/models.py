@@ -47,6 +47,7 @@ def apply_(
 
     from devec.api.apply import apply as run
     from devec.api.jobs import Job
+    from devec.api.output import written_model
     from devec.api.plan import plan_write
     from devec.api.references import Reading, open_model, read_vector
     from devec.core.errors import UsageError
@@ -55,7 +56,7 @@ def apply_(
     wanted = [(_weight(w, "--add"), ref) for w, ref in add] + [(-_weight(w, "--subtract"), ref) for w, ref in subtract]
     if not wanted:
         raise UsageError("apply got nothing to add", remedy="Give --add W REF or --subtract W REF.")
-    options.check_place(output, o["overwrite"], [base, *(ref for _, ref in wanted)])
+    there = options.check_place(output, o, [base, *(ref for _, ref in wanted)])
     view = options.read_view(o, [ref for _, ref in wanted])
     under = open_model(base)
     terms, findings = [], []
@@ -75,6 +76,10 @@ def apply_(
         {"base": base, "terms": wanted, "view": view, "selection": selection, "heads": o["heads_from"], **dtypes(o)},
     )
     saving = replace(saving, job=job)
+    if there:
+        given = saving.for_inputs([vector for _, vector in terms], under)
+        model = run(under, terms, heads=o["heads_from"], saving=given)
+        return show.complete(output, how, written_model(model, output, given))  # type: ignore[arg-type]
     if o["dry_run"]:
         model = run(base, terms, heads=o["heads_from"], saving=saving)
         stages = [plan_write(model, saving.engine, saving.out_dtype)]  # type: ignore[arg-type]
@@ -106,7 +111,7 @@ def merge(
     import torch
 
     from devec.api.jobs import Job
-    from devec.api.merge import Compression, model_for, save_merged
+    from devec.api.merge import Compression, model_for, save_merged, written_merge
     from devec.api.merge import merge as run
     from devec.api.plan import plan_write
     from devec.core.errors import UsageError
@@ -120,7 +125,7 @@ def merge(
         if not sign:
             raise UsageError(f"--set {item!r} is not KEY=VALUE")
         parameters[key] = value
-    options.check_place(output, o["overwrite"], [base, *sources])
+    there = options.check_place(output, o, [base, *sources])
     compression = Compression(o["rank"], o["energy"], o["error"])
     o["dtype"] = o.get("dtype") or "float32"
     given: dict[str, Any] = {
@@ -138,6 +143,9 @@ def merge(
          "heads_from": o["heads_from"], **options.read_time(o)},
     )
     saving = replace(saving, job=Job("devec.api.merge.model_for", {**given, "heads": o["heads_from"], **dtypes(o)}))
+    if there:
+        found = written_merge(merged, output, saving, compression=compression, heads=o["heads_from"])
+        return show.complete(output, how, found)
     if o["dry_run"]:
         stages = []
         if merged.base is not None and not compression.asked:
@@ -197,21 +205,34 @@ def negate(
     """Write B - C x part of the target: a checkpoint with --base, otherwise an adapter."""
     how = Printing(as_json, quiet, verbose)
     from devec.api.negate import negate as run
-    from devec.api.negate import save_negated
+    from devec.api.negate import negate_inputs, save_negated, written_negated
     from devec.core.summary import all_findings, as_dict
     from devec.io.names import Selection
 
     pool = [ref for item in (*pools, *more) for ref in pool_members(item)]
     options.refuse_unused(o, part)
-    options.check_place(output, o["overwrite"], [base, target, *pool])
+    there = options.check_place(output, o, [base, target, *pool])
     choices = {**options.fixed(o), **options.read_time(o)}
     selection = Selection(o["include"], o["exclude"])
     saving = saving_of(
-        "negate", o, {"target": target, "pool": pool, "part": part, "coefficient": coefficient, **choices}
+        "negate", o,
+        {"target": target, "pool": pool, "part": part, "coefficient": coefficient, "heads_from": o["heads_from"],
+         **choices},
     )
     if base is None:
         saving.engine.alone("an adapter")
     options.download(base, [target, *pool])
+
+    def written() -> None:
+        whole, vectors, _ = negate_inputs(
+            target, pool, base=base, part=part, coefficient=coefficient, selection=selection,  # type: ignore[arg-type]
+            dtype=o["dtype"], one_d=o["one_d"],
+        )
+        found = written_negated(whole, vectors, output, saving, part=part, heads=o["heads_from"])
+        show.complete(output, how, found)
+
+    if there and not o["strict"]:  # with --strict it takes the decomposition to see that there is no warning
+        return written()
     with show.progress("negate", how) as advance:
         negated = run(target, pool, base=base, part=part, coefficient=coefficient, selection=selection,  # type: ignore[arg-type]
                       progress=advance, engine=saving.engine, **choices)
@@ -222,11 +243,13 @@ def negate(
         show.decomposition(summary, how)
         show.warn(summary["warnings"], strict=o["strict"])
         saving = replace(saving, summary=summary["totals"])
+    if there:
+        return written()
     if o["dry_run"]:
         return dry(output, how, part=negated.removed.name, tensors=len(negated.removed.deltas))
     with show.progress("write", how) as advance:
-        written = save_negated(negated, output, replace(saving, progress=advance), heads=o["heads_from"])
-    show.wrote(output, written, how, {"decomposition": summary})
+        done = save_negated(negated, output, replace(saving, progress=advance), heads=o["heads_from"])
+    show.wrote(output, done, how, {"decomposition": summary})
 
 
 def pool_members(item: str) -> list[str]:
@@ -260,23 +283,31 @@ def mix(
     how = Printing(as_json, quiet, verbose)
     from devec.api.merge import Compression
     from devec.api.mix import mix as run
-    from devec.api.mix import save_mix
+    from devec.api.mix import mix_inputs, save_mix, written_mix
     from devec.core.summary import all_findings, as_dict
     from devec.io.names import Selection
 
     options.refuse_unused(o, part)
-    options.check_place(output, o["overwrite"], adapters)
+    there = options.check_place(output, o, adapters)
     compression = Compression(o["rank"], o["energy"], o["error"])
     choices = {**options.fixed(o), **options.read_time(o)}
     options.download(None, adapters)
     saving = saving_of(
         "mix", o,
         {"adapters": list(adapters), "part": part, "weights": weights, "rank": o["rank"], "energy": o["energy"],
-         "error": o["error"], **choices},
+         "error": o["error"], "heads_from": o["heads_from"], **choices},
     )
     saving.engine.alone("a mix")
+    selection = Selection(o["include"], o["exclude"])
+
+    def written() -> None:
+        pool, _ = mix_inputs(adapters, selection=selection, dtype=o["dtype"])
+        show.complete(output, how, written_mix(pool, output, saving))
+
+    if there and not o["strict"]:
+        return written()
     with show.progress("mix", how) as advance:
-        mixed = run(adapters, part=part, weights=weights, selection=Selection(o["include"], o["exclude"]),  # type: ignore[arg-type]
+        mixed = run(adapters, part=part, weights=weights, selection=selection,  # type: ignore[arg-type]
                     progress=advance, engine=saving.engine, **choices)
     summary = None
     if mixed.decomposition is not None:
@@ -286,8 +317,10 @@ def mix(
         show.warn(summary["warnings"], strict=o["strict"])
         if any(f.code == "nothing-shared" for f in findings) and part != "shared":
             show.note("this mix equals the plain sum of the adapters", how)
+    if there:
+        return written()
     if o["dry_run"]:
         return dry(output, how, adapters=len(adapters), tensors=len(mixed.vector.deltas))
-    written, errors = save_mix(mixed, output, saving, compression=compression, heads=o["heads_from"])
+    done, errors = save_mix(mixed, output, saving, compression=compression, heads=o["heads_from"])
     show_errors(mixed.vector, errors, how)
-    show.wrote(output, written, how, {"error": errors, "decomposition": summary})
+    show.wrote(output, done, how, {"error": errors, "decomposition": summary})

@@ -272,15 +272,21 @@ def engine_of(values: dict[str, Any]) -> Any:
     )
 
 
-def check_place(output: str, overwrite: bool, references: Iterable[str | None]) -> None:
-    """Refuse an output place before anything is read: it exists, its parent does not, or it is or lies in an input."""
+def check_place(output: str, values: dict[str, Any], references: Iterable[str | None]) -> bool:
+    """Refuse an output place before anything is read: it exists, its parent does not, or it is or lies in an input.
+
+    True: something stands there that ``--resume`` takes for finished, if it turns out to be this command's own.
+    """
+    import os
     from pathlib import Path
 
     from devec.api.references import named_paths
     from devec.io.folder import check_output
 
     inputs = [path for text in references if text is not None for path in named_paths(text)]
-    check_output(Path(output), overwrite=overwrite, inputs=inputs)
+    overwrite, going_on = values["overwrite"], bool(values.get("resume") or values.get("join"))
+    check_output(Path(output), overwrite=overwrite, inputs=inputs, judged=going_on)
+    return going_on and not overwrite and os.path.lexists(output)
 
 
 def download(base: str | None, references: Iterable[str]) -> None:

@@ -29,13 +29,13 @@ def extract(base: str, model: str, output: str, as_json: bool, quiet: bool, verb
     import torch
 
     from devec.api.merge import Compression
-    from devec.api.output import check_adapter_place, save_artifact, save_vector
+    from devec.api.output import check_adapter_place, save_artifact, save_vector, written_vector
     from devec.api.references import Reading, open_model, read_vector
     from devec.io.names import Selection
 
     compression = Compression(o["rank"], o["energy"], o["error"])
     saving = saving_of("extract", o, {"rank": o["rank"], "energy": o["energy"], "error": o["error"]})
-    options.check_place(output, o["overwrite"], [base, model])
+    there = options.check_place(output, o, [base, model])
     under = open_model(base)
     reading = Reading(under, getattr(torch, o["dtype"]), Selection(o["include"], o["exclude"]))
     vector, notes = read_vector(model, reading)
@@ -44,6 +44,9 @@ def extract(base: str, model: str, output: str, as_json: bool, quiet: bool, verb
         check_adapter_place(output, vector)
     saving.engine.alone("what extract writes")
     show.warn([n.as_dict() for n in notes], strict=o["strict"])
+    if there:
+        found = written_vector(output, saving, adapter=compression.asked)
+        return show.complete(output, how, found if compression.asked else None)
     if o["dry_run"]:
         return dry(output, how, tensors=len(vector.deltas))
     if not compression.asked:
@@ -129,7 +132,7 @@ def decompose(
 ) -> None:
     """Split task vectors into shared and unique parts; parts are read from OUT as OUT#unique:NAME and so on."""
     how = Printing(as_json, quiet, verbose)
-    from devec.api.decompose import choose, decompose_to
+    from devec.api.decompose import choose, decompose_to, written_decomposition
     from devec.api.decompose import decompose as run
     from devec.api.jobs import Job
     from devec.api.references import load_pool
@@ -138,8 +141,7 @@ def decompose(
 
     choices = {**options.fixed(o), **options.read_time(o), "mode": o["mode"], "target": o["target"]}
     choose(choices)  # a wrong choice is an error before anything is read
-    if output is not None:
-        options.check_place(output, o["overwrite"], [o["base"], *sources])
+    there = output is not None and options.check_place(output, o, [o["base"], *sources])
     import torch
 
     engine = options.engine_of(o)
@@ -147,6 +149,12 @@ def decompose(
         engine.alone("a decomposition that is only shown")
     selection = Selection(o["include"], o["exclude"])
     pool, notes = load_pool(sources, base=o["base"], dtype=getattr(torch, o["dtype"]), selection=selection)
+    if there:
+        assert output is not None
+        summary = written_decomposition(pool, output, base=o["base"], notes=notes, **choices)
+        if o["strict"]:
+            show.warn(summary["warnings"], strict=True)
+        return show.print_json(summary) if as_json else show.complete(output, how)
     if o["dry_run"]:
         from devec.api.decompose import prepared
         from devec.api.plan import plan_decompose
@@ -239,6 +247,7 @@ def export(part: str, base: str | None, output: str, as_json: bool, quiet: bool,
     """Write one part in the input's own format (LoRA in, LoRA out), or base + part."""
     how = Printing(as_json, quiet, verbose)
     from devec.api.export import export as run
+    from devec.api.export import written_export
     from devec.api.jobs import Job
     from devec.api.references import existing, load_vector, parse
     from devec.core.errors import UsageError
@@ -246,22 +255,24 @@ def export(part: str, base: str | None, output: str, as_json: bool, quiet: bool,
 
     if parse(part).part is None:
         raise UsageError(f"{part!r} names no part", remedy="Write ARTIFACT#unique:NAME, #shared:NAME or #shared:A+B.")
-    options.check_place(output, o["overwrite"], [base, part])
+    there = options.check_place(output, o, [base, part])
     vector = load_vector(part, base=base, view=options.read_view(o, [part]))
     if vector.is_low_rank() and decomposed_side(existing(parse(part).path, part)) == "both":
         show.note(show.BOTH_SIDES, how)
+    view = options.read_view(o, [part])
+    job = Job("devec.api.apply.model_for", {"base": base, "terms": [(1.0, part)], "view": view, **dtypes(o)})
+    saving = replace(saving_of("export", o, {"part": part.partition("#")[2], **options.read_time(o)}), job=job)
+    if there:
+        return show.complete(output, how, written_export(vector, output, base=base, saving=saving))
     if o["dry_run"]:
         stages = []
         if base is not None:
             from devec.api.apply import model_for
             from devec.api.plan import plan_write
 
-            model = model_for(base, [(1.0, part)], view=options.read_view(o, [part]), **dtypes(o))
-            stages = [plan_write(model, options.engine_of(o), model.out_dtype)]
+            model = model_for(base, [(1.0, part)], view=view, **dtypes(o))
+            stages = [plan_write(model, saving.engine, model.out_dtype)]
         return dry(output, how, stages, part=vector.name, tensors=len(vector.deltas))
-    view = options.read_view(o, [part])
-    job = Job("devec.api.apply.model_for", {"base": base, "terms": [(1.0, part)], "view": view, **dtypes(o)})
-    saving = replace(saving_of("export", o, {"part": part.partition("#")[2], **options.read_time(o)}), job=job)
     with show.progress("write", how) as advance:
         written = run(vector, output, base=base, saving=replace(saving, progress=advance))
     show.wrote(output, written, how)

@@ -34,13 +34,15 @@ from devec.io.temporary import (
 
 
 def check_output(
-    out: Path, *, overwrite: bool, inputs: Sequence[Path] = (), expected_bytes: int | None = None
+    out: Path, *, overwrite: bool, inputs: Sequence[Path] = (), expected_bytes: int | None = None,
+    judged: bool = False,
 ) -> None:
     """Every reason to refuse an output place before anything is computed (exit 5, nothing written).
 
-    Refused: an existing ``out`` without ``overwrite``; one that is, contains, or lies inside an input; one whose
-    replacement would delete the working folder, the home folder, a file-system root or a version-controlled folder;
-    a parent that is missing or not writable; a disk with less free space than ``expected_bytes``.
+    Refused: an existing ``out`` without ``overwrite`` (unless it is ``judged`` later, see ``io.complete``); one that
+    is, contains, or lies inside an input; one whose replacement would delete the working folder, the home folder, a
+    file-system root or a version-controlled folder; a parent that is missing or not writable; a disk with less free
+    space than ``expected_bytes``.
     """
     parent = out.absolute().parent
     if not parent.is_dir():
@@ -57,7 +59,9 @@ def check_output(
     if os.path.lexists(real):
         if not overwrite:
             tidy(temporary(real))
-            raise _exists(out)
+            if judged:
+                return
+            raise exists(out)
         _refuse_precious(out, real)
     if expected_bytes is not None:
         with refusing(parent):
@@ -70,9 +74,11 @@ def check_output(
             )
 
 
-def _exists(out: Path) -> RefusedError:
+def exists(out: Path, unlike: str | None = None) -> RefusedError:
+    """The refusal of a place that is taken; ``unlike`` says why what stands there is not what the command writes."""
     return RefusedError(
-        "the output exists already", file=out, remedy="Choose another -o, or replace it with --overwrite."
+        "the output exists already", values={} if unlike is None else {"not what this command writes": unlike},
+        file=out, remedy="Choose another -o, or replace it with --overwrite.",
     )
 
 
@@ -223,7 +229,7 @@ class OutputFolder:
         if os.path.lexists(aside) and not os.path.lexists(self.out):
             aside.rename(self.out)
             if not self.overwrite:
-                raise _exists(self.out)
+                raise exists(self.out)
 
     def _unfinished(self, done: int) -> RefusedError:
         return RefusedError(
