@@ -121,10 +121,10 @@ def test_an_input_or_output_that_changed_is_no_longer_it(name: str, here: Path, 
     Path(source).write_bytes(kept)
     os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
     devec(*words, "--resume")
-    files = [p for p in ([Path(output_of(name))] if name.endswith("file") else Path("out").glob("*.safetensors"))]
-    data = bytearray(files[0].read_bytes())
+    file = Path(output_of(name)) if name.endswith("file") else next(Path("out").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
     data[-1] ^= 1
-    files[0].write_bytes(data)
+    file.write_bytes(data)
     exists(devec(*words, "--resume", code=5), "changed since")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from devec.api.budget import factors_kept
 from devec.api.gpu import factored_in_batches
 from devec.api.jobs import Job, checkpoints_of, kept_of
 from devec.api.run import Engine, cluster, learn, portable, stretch
@@ -82,12 +83,13 @@ def need_of(pool: Pool, factoring: Factoring, name: str, room: int) -> Need:
 
 
 def plan_needs(
-    pool: Pool, factoring: Factoring, names: Sequence[str], engine: Engine
+    pool: Pool, factoring: Factoring, names: Sequence[str], engine: Engine, kept: int = 0
 ) -> tuple[dict[str, Need], int, int]:
-    """Each tensor's need, the workers, and the bytes for all of them, within ``--max-memory`` (or what is free)."""
+    """Each tensor's need, the workers, and the bytes for all of them, within ``--max-memory`` (or what is free), beside
+    ``kept`` bytes of results."""
     alone = {n: need_of(pool, factoring, n, 0) for n in names}
     budget = engine.memory
-    workers, room = fit_workers(engine.workers, budget, [need.memory for need in alone.values()])
+    workers, room = fit_workers(engine.workers, budget, [need.memory for need in alone.values()], kept)
     if room is None:
         room = available()
     share = room // max(workers, 1)
@@ -98,7 +100,7 @@ def factor_all(
     pool: Pool, factoring: Factoring, names: Sequence[str], engine: Engine, device: torch.device,
     progress: Progress = silent,
 ) -> dict[str, TensorFactors]:
-    """Every tensor's factors, in memory."""
+    """Every tensor's factors, in memory. Raises RefusedError where they may not all fit into ``--max-memory``."""
     found: dict[str, TensorFactors] = {}
     for name, factors in _factored(pool, factoring, names, engine, device):
         found[name] = factors
@@ -113,7 +115,8 @@ def _factored(
         for found in factored_in_batches(pool, names, factoring, device, workers=engine.workers):
             yield found.name, as_stored(found)
         return
-    needs, workers, room = plan_needs(pool, factoring, names, engine)
+    kept = factors_kept(pool, factoring, names) if engine.memory is not None else 0
+    needs, workers, room = plan_needs(pool, factoring, names, engine, kept)
     sources = checkpoints_of_pool(pool)
 
     def work(name: str, check: Check) -> TensorFactors:
@@ -174,7 +177,7 @@ class Factored:
             learn(sources, [record])
             done += 1
             self.progress(done, len(mine), record.name)
-        check_unchanged(self.run.identity.inputs)
+        check_unchanged(self.run.identity.inputs, self.run.again)
         if self.engine.shard is not None:
             return {}  # the other parts are not there yet
         return LazyFactors({n: members_in(place[n]) for n in self.names}, lambda name: read_part(place[name]))

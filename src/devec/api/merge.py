@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from devec.api.extract import to_lora
+from devec.api.jobs import checkpoints_of
 from devec.api.output import (
     Saving,
     edited,
@@ -114,6 +115,9 @@ class Compression:
         return any(x is not None for x in (self.rank, self.energy, self.error))
 
     def apply(self, vector: TaskVector) -> tuple[TaskVector, dict[str, float]]:
+        """The vector as factors, and the relative error made in each tensor; what is read is hashed on the way."""
+        for source in checkpoints_of(vector):
+            source.digests.watch()
         return to_lora(vector, rank=self.rank, energy=self.energy, error=self.error)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from devec.api.decompose import decompose
+from devec.api.factor import checkpoints_of_pool
 from devec.api.output import (
     Saving,
     edited,
@@ -69,6 +70,8 @@ def negate(
     if part == "all":
         return whole
     name, under = vectors[0].name, whole.base
+    for source in checkpoints_of_pool(vectors):
+        source.digests.watch()  # what is written will name the inputs' hashes
     d = decompose(vectors, base=under, mode="target", target=name, progress=progress, notes=notes, **choices)
     return Negated(d.unique(name), coefficient, under, d)
 

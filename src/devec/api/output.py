@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from devec.api.edit import Edited, check_finite
-from devec.api.jobs import Job
+from devec.api.jobs import Job, checkpoints_of
 from devec.api.records import input_record, source_paths
 from devec.api.run import Engine, Filling
 from devec.api.sources import hub_of, place_of, public_name
@@ -226,6 +226,8 @@ def save_artifact(vector: TaskVector, out: str | Path, saving: Saving) -> Path:
     if Path(out).suffix == ".safetensors":
         raise UsageError("a task vector is a folder, not one file", file=out, remedy="Give -o a folder's name.")
     place = OutputFolder(Path(out), overwrite=saving.overwrite, inputs=saving.kept)
+    for source in checkpoints_of(vector):
+        source.digests.watch()
     with naming_the_output(out, vector), place as folder:
         artifact.write_task_vector(folder.path, vector, saving.out_dtype or saving.dtype)
         write_records(folder.path, saving.provenance(), summary=saving.summary)

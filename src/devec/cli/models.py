@@ -81,7 +81,7 @@ def apply_(
         model = run(under, terms, heads=o["heads_from"], saving=given)
         return show.complete(output, how, written_model(model, output, given))  # type: ignore[arg-type]
     if o["dry_run"]:
-        model = run(base, terms, heads=o["heads_from"], saving=saving)
+        model = run(under, terms, heads=o["heads_from"], saving=saving)
         stages = [plan_write(model, saving.engine, saving.out_dtype)]  # type: ignore[arg-type]
         return dry(output, how, stages, tensors=len(model.names()), changed=len(model.terms))  # type: ignore[union-attr]
     with show.progress("write", how) as advance:
@@ -204,8 +204,10 @@ def negate(
 ) -> None:
     """Write B - C x part of the target: a checkpoint with --base, otherwise an adapter."""
     how = Printing(as_json, quiet, verbose)
+    from devec.api.decompose import choose
     from devec.api.negate import negate as run
     from devec.api.negate import negate_inputs, save_negated, written_negated
+    from devec.api.output import check_adapter_place
     from devec.core.summary import all_findings, as_dict
     from devec.io.names import Selection
 
@@ -223,16 +225,32 @@ def negate(
         saving.engine.alone("an adapter")
     options.download(base, [target, *pool])
 
-    def written() -> None:
-        whole, vectors, _ = negate_inputs(
+    def inputs() -> Any:
+        return negate_inputs(
             target, pool, base=base, part=part, coefficient=coefficient, selection=selection,  # type: ignore[arg-type]
             dtype=o["dtype"], one_d=o["one_d"],
         )
+
+    def written() -> None:
+        whole, vectors, _ = inputs()
         found = written_negated(whole, vectors, output, saving, part=part, heads=o["heads_from"])
         show.complete(output, how, found)
 
     if there and not o["strict"]:  # with --strict it takes the decomposition to see that there is no warning
         return written()
+    if o["dry_run"] or saving.engine.memory is not None:
+        from devec.api.plan_verbs import plan_negate
+
+        whole, vectors, notes = inputs()
+        factoring = None if part == "all" else choose({**choices, "mode": "target", "target": vectors[0].name})[0]
+        budget = saving.engine.memory is not None
+        stages = plan_negate(whole, vectors, factoring, saving, heads=o["heads_from"], bound=budget)
+        if o["dry_run"]:
+            if base is None:
+                check_adapter_place(output, whole.removed)
+            show.warn([n.as_dict() for n in notes], strict=o["strict"])
+            name = whole.removed.name if part == "all" else f"unique-{whole.removed.name}"
+            return dry(output, how, stages, part=name, tensors=len(whole.removed.deltas))
     with show.progress("negate", how) as advance:
         negated = run(target, pool, base=base, part=part, coefficient=coefficient, selection=selection,  # type: ignore[arg-type]
                       progress=advance, engine=saving.engine, **choices)
@@ -245,8 +263,6 @@ def negate(
         saving = replace(saving, summary=summary["totals"])
     if there:
         return written()
-    if o["dry_run"]:
-        return dry(output, how, part=negated.removed.name, tensors=len(negated.removed.deltas))
     with show.progress("write", how) as advance:
         done = save_negated(negated, output, replace(saving, progress=advance), heads=o["heads_from"])
     show.wrote(output, done, how, {"decomposition": summary})
@@ -281,9 +297,11 @@ def mix(
 ) -> None:
     """Sum the unique (or shared, or whole) parts of adapters into one, in the first one's dialect. No base needed."""
     how = Printing(as_json, quiet, verbose)
+    from devec.api.decompose import choose
     from devec.api.merge import Compression
     from devec.api.mix import mix as run
     from devec.api.mix import mix_inputs, save_mix, written_mix
+    from devec.api.output import check_adapter_place
     from devec.core.summary import all_findings, as_dict
     from devec.io.names import Selection
 
@@ -306,6 +324,19 @@ def mix(
 
     if there and not o["strict"]:
         return written()
+    if o["dry_run"] or saving.engine.memory is not None:
+        from devec.api.plan_verbs import plan_mix
+
+        pool, notes = mix_inputs(adapters, selection=selection, dtype=o["dtype"])
+        factoring = None if part == "all" else choose(choices)[0]
+        budget = saving.engine.memory is not None
+        stages = plan_mix(
+            pool, factoring, saving, compression, heads=o["heads_from"], one_d=o["one_d"], bound=budget
+        )
+        if o["dry_run"]:
+            check_adapter_place(output, pool[0])
+            show.warn([n.as_dict() for n in notes], strict=o["strict"])
+            return dry(output, how, stages, adapters=len(adapters), tensors=stages[-1].tensors)
     with show.progress("mix", how) as advance:
         mixed = run(adapters, part=part, weights=weights, selection=selection,  # type: ignore[arg-type]
                     progress=advance, engine=saving.engine, **choices)
@@ -319,8 +350,6 @@ def mix(
             show.note("this mix equals the plain sum of the adapters", how)
     if there:
         return written()
-    if o["dry_run"]:
-        return dry(output, how, adapters=len(adapters), tensors=len(mixed.vector.deltas))
     done, errors = save_mix(mixed, output, saving, compression=compression, heads=o["heads_from"])
     show_errors(mixed.vector, errors, how)
     show.wrote(output, done, how, {"error": errors, "decomposition": summary})

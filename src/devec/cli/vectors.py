@@ -47,8 +47,12 @@ def extract(base: str, model: str, output: str, as_json: bool, quiet: bool, verb
     if there:
         found = written_vector(output, saving, adapter=compression.asked)
         return show.complete(output, how, found if compression.asked else None)
-    if o["dry_run"]:
-        return dry(output, how, tensors=len(vector.deltas))
+    if o["dry_run"] or saving.engine.memory is not None:
+        from devec.api.plan_verbs import plan_extract
+
+        stages = plan_extract(vector, saving, compression)
+        if o["dry_run"]:
+            return dry(output, how, stages, tensors=len(vector.deltas))
     if not compression.asked:
         show.wrote(save_artifact(vector, output, saving), None, how, {"tensors": len(vector.deltas)})
         return
@@ -160,7 +164,7 @@ def decompose(
         from devec.api.plan import plan_decompose
 
         factoring = choose(choices)[0]
-        stages = plan_decompose(prepared(pool, factoring, o["base"])[0], factoring, engine)
+        stages = plan_decompose(prepared(pool, factoring, o["base"])[0], factoring, engine, stored=output is not None)
         return dry(output, how, stages, vectors=len(pool), tensors=len(pool.tensors()))
 
     def approve(findings: Any) -> None:

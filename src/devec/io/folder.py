@@ -17,7 +17,18 @@ from types import TracebackType
 
 from devec.core.errors import DevecError, RefusedError, RunInterrupted, SideStepError, resumable
 from devec.io.disk import refusing, sync
-from devec.io.journal import RUN, Identity, Journal, check_same_run, lock, read_lines, read_plan, write_plan
+from devec.io.journal import (
+    AGAIN,
+    RUN,
+    SHARDS_AGAIN,
+    Identity,
+    Journal,
+    check_same_run,
+    lock,
+    read_lines,
+    read_plan,
+    write_plan,
+)
 from devec.io.temporary import (
     ASIDE,
     DATA,
@@ -113,6 +124,11 @@ class Run:
     join: bool = False
 
     @property
+    def again(self) -> str:
+        """How the user begins anew."""
+        return AGAIN if self.shard is None else SHARDS_AGAIN
+
+    @property
     def part(self) -> str:
         """What this process's journal is called after."""
         return "" if self.shard is None else f"-{self.shard[0]}-of-{self.shard[1]}"
@@ -201,7 +217,7 @@ class OutputFolder:
         plan = read_plan(self.place) if self.path.is_dir() else None
         if run is not None and run.shard is not None:
             if plan is not None:
-                check_same_run(self.place, plan, run.identity)
+                check_same_run(self.place, plan, run.identity, run.again)
             if not run.resume and (own := finished_in(self.place, run.part)):
                 raise self._unfinished(own)
         elif plan is not None and done and run is not None and (run.resume or run.join):
@@ -232,9 +248,10 @@ class OutputFolder:
                 raise exists(self.out)
 
     def _unfinished(self, done: int) -> RefusedError:
+        again = AGAIN if self.run is None else self.run.again
         return RefusedError(
             "an unfinished run of this output is kept", values={"finished tensors": done}, file=self.place,
-            remedy="Go on with --resume, or begin again with --overwrite.",
+            remedy=f"Go on with --resume, or {again}.",
         )
 
     def __exit__(
