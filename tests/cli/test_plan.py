@@ -95,8 +95,10 @@ def test_models_are_read_and_written_as_planned(
     planned = stages(devec, words)
     reads.clear()
     devec(*words.split(), "-o", "out", "--workers", "1")
-    assert sum(reads[n] for n in ("base", "a", "b")) == total(planned, "bytes_read")
-    assert tensor_bytes(Path("out")) == total(planned, "bytes_written")
+    # What a LoRA's factoring leaves in the temporary folder is read again when the LoRA is written.
+    between = planned["factor"]["bytes_written"] if {"factor", "write"} <= planned.keys() else 0
+    assert sum(reads[n] for n in ("base", "a", "b")) == total(planned, "bytes_read") - between
+    assert tensor_bytes(Path("out")) == total(planned, "bytes_written") - between
 
 
 ADAPTERS = {

@@ -25,7 +25,7 @@ from faults.world import Case
 JOURNAL = ".run/journal.jsonl"
 
 
-@pytest.fixture(params=["merge", "merge to a file", "decompose"])
+@pytest.fixture(params=["merge", "merge to a file", "decompose", "extract LoRA"])
 def case(request: pytest.FixtureRequest, tiny: Field) -> Case:
     """Commands that can be gone on with."""
     return tiny.cases[str(request.param)]
@@ -146,7 +146,7 @@ def test_without_resume_an_unfinished_run_is_refused(tiny: Field, case: Case, fo
 
 def test_another_command_does_not_go_on(tiny: Field, case: Case, folder: Path) -> None:
     begin(tiny, case, folder)
-    changed = {"decompose": ("--rank", "1"), "merge": ("--set", "scale=0.5")}[case.words[0]]
+    changed = {"merge": ("--set", "scale=0.5")}.get(case.words[0], ("--rank", "1"))
     other = replace(case, words=(*case.words, *changed))
     refused(tiny.run(other, folder, "--resume"), 4, "another command or version", "--resume", "--overwrite")
     ends_well(tiny, case, folder, "--resume")

@@ -11,6 +11,7 @@ import torch
 from devec.api.budget import adapter_bytes, factors_kept, likely, most, ranks
 from devec.api.factor import checkpoints_of_pool, tensor_names
 from devec.api.jobs import sources_of
+from devec.api.lora import lora_needs
 from devec.api.merge import Compression
 from devec.api.negate import Negated
 from devec.api.output import Saving, edited, heads_from, require_low_rank
@@ -23,7 +24,6 @@ from devec.core.options import Factoring
 from devec.core.vectors import LazyMap, Pool, TaskVector
 from devec.engine.memory import fit_workers
 from devec.engine.plan import Rates, Stage, peak, wall
-from devec.methods.decompose.shared_unique import working_bytes
 
 
 def plan_negate(
@@ -161,14 +161,16 @@ def plan_extract(
     for n, shape in shapes.items():
         one, two = svd_flops(factoring, shape, rank_of[n])
         single, double = single + one, double + two
-    needs = [working_bytes(shape, factoring) for shape in shapes.values()]
-    kept = adapter_bytes(vector.layouts, rank_of, 4, "peft")
-    fit_workers(1, saving.engine.memory, needs, kept)
+    needs = lora_needs(vector, compression, names)
+    workers, _ = fit_workers(saving.engine.workers, saving.engine.memory, needs)
+    stored = adapter_bytes(vector.layouts, rank_of, 4, "peft")
     elements = sum(map(prod, shapes.values()))
     core = single / rates.flops + double / rates.flops64 + 2 * elements / rates.elements + read / rates.hashed
-    memory = peak(1, needs, saving.engine.memory, kept)
-    factor = Stage("factor", len(names), read, 0, single + double, memory, wall(core, 1, read, 0))
-    return [factor, _adapter(vector.layouts, rank_of, "peft", saving, rates, kept=kept)]
+    memory = peak(workers, needs, saving.engine.memory)
+    spent = wall(core, workers, read, stored)
+    factor = Stage("factor", len(names), read, stored, single + double, memory, spent)
+    write = _adapter(vector.layouts, rank_of, "peft", saving, rates, read=stored)
+    return [factor, write]
 
 
 def _dense_artifact(vector: TaskVector, saving: Saving, rates: Rates, read: int) -> Stage:

@@ -155,8 +155,13 @@ def merge(
     with show.progress("merge", how) as advance:
         saving = replace(saving, progress=advance)
         written, errors = save_merged(merged, output, saving, compression=compression, heads=o["heads_from"])
-    show_errors(merged.vector, errors, how)
+    _show_errors(merged.vector, errors, how)
     show.wrote(output, written, how, {"error": errors} if errors else None)
+
+
+def _show_errors(vector: Any, errors: dict[str, float], how: Printing) -> None:
+    matrices = {n for n in vector.deltas if not vector.layouts[n].is_vector}
+    show_errors(errors, matrices, lambda n: vector.deltas[n].rank_bound, how)
 
 
 def _from_recipe(
@@ -351,5 +356,5 @@ def mix(
     if there:
         return written()
     done, errors = save_mix(mixed, output, saving, compression=compression, heads=o["heads_from"])
-    show_errors(mixed.vector, errors, how)
+    _show_errors(mixed.vector, errors, how)
     show.wrote(output, done, how, {"error": errors, "decomposition": summary})

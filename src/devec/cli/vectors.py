@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +29,9 @@ def extract(base: str, model: str, output: str, as_json: bool, quiet: bool, verb
     how = Printing(as_json, quiet, verbose)
     import torch
 
+    from devec.api.lora import save_lora
     from devec.api.merge import Compression
-    from devec.api.output import check_adapter_place, save_artifact, save_vector, written_vector
+    from devec.api.output import check_adapter_place, save_artifact, written_vector
     from devec.api.references import Reading, open_model, read_vector
     from devec.io.names import Selection
 
@@ -56,19 +58,20 @@ def extract(base: str, model: str, output: str, as_json: bool, quiet: bool, verb
     if not compression.asked:
         show.wrote(save_artifact(vector, output, saving), None, how, {"tensors": len(vector.deltas)})
         return
-    factored, errors = compression.apply(vector)
-    show_errors(factored, errors, how)
-    show.wrote(output, save_vector(factored, output, saving), how, {"error": errors})
+    with show.progress("extract", how) as advance:
+        done = save_lora(vector, output, replace(saving, progress=advance), compression)
+    show_errors(done.errors, done.ranks, done.ranks.__getitem__, how)
+    show.wrote(output, done.written, how, {"error": done.errors})
 
 
-def show_errors(vector: Any, errors: dict[str, float], how: Printing) -> None:
+def show_errors(
+    errors: Mapping[str, float], matrices: Collection[str], rank_of: Callable[[str], int], how: Printing
+) -> None:
     """The relative Frobenius error of a compression, per tensor with -v, and its extremes."""
-    left_out = [n for n in errors if n not in vector.deltas or vector.layouts[n].is_vector]
-    if left_out:
-        show.note(f"{len(left_out)} 1-D tensors cannot be written as factors and are left out", how)
+    left_out = [n for n in errors if n not in matrices]
     kept = {n: e for n, e in errors.items() if n not in left_out}
     if kept and how.verbose:
-        rows = [(n, vector.deltas[n].rank_bound, e) for n, e in kept.items()]
+        rows = [(n, rank_of(n), e) for n, e in kept.items()]
         show.table("compression", ["tensor", "rank", "relative error"], rows, how)
     if kept:
         ordered = sorted(kept.values())
