@@ -108,6 +108,8 @@ ADAPTERS = {
     "mix in other numbers": "mix la lb --out-dtype bfloat16",
     "mix a third time": "mix la lb again=la --part all",
     "mix into one file": "mix style.safetensors ink.safetensors",
+    "merge": "merge --method average la lb",
+    "merge to rank": "merge --method average la lb --rank 3",
     "negate": "negate --target la --pool lb",
     "negate all": "negate --target la --part all",
 }
@@ -124,8 +126,16 @@ def test_adapters_are_read_and_written_as_planned(name: str, here: Path, devec: 
     out = Path("out.safetensors" if name.endswith("file") else "out")
     devec(*words.split(), "-o", out)
     assert tensor_bytes(out) == total(planned, "bytes_written")
-    expected = {"all": "write", "rank": "recompress", "time": "write"}.get(name.rpartition(" ")[2], "overlaps")
-    assert expected in planned
+    expected = {"mix to a rank": "recompress", "mix": "overlaps", "merge to rank": "factor"}
+    assert expected.get(name, "write") in planned
+
+
+def test_parts_are_written_as_planned(here: Path, devec: Runner) -> None:
+    devec("decompose", "la", "lb", "-o", "parts")
+    planned = stages(devec, "export parts#unique:la")
+    devec("export", "parts#unique:la", "-o", "out")
+    assert tensor_bytes(Path("out")) == planned["write"]["bytes_written"]
+    assert planned["write"]["bytes_read"] > 0
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,9 @@ def test_two_runs_into_one_output(tiny: Field, case: Case, folder: Path) -> None
     """The first stands still in the middle; whatever the second wants, it is refused and harms nothing."""
     first = tiny.server.start(case.command(), folder, out=case.out, stop_at="entered")
     assert tiny.server.wait(first).stopped
-    for more in OTHERS.values():
+    for what, more in OTHERS.items():
+        if what == "a shard" and case.words[0] == "extract":
+            continue  # the work of one process
         refused(tiny.run(case, folder, *more), 5, "another run is writing this output")
     if case.out == "out":
         for other in ("mix", "extract", "export LoRA"):

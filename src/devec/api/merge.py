@@ -260,10 +260,7 @@ def save_merged(
             if error.tensor in vector.deltas:  # the merge is not finite: say whose numbers are not
                 edited(merged.base, [(1.0, v) for v in merged.pool], saving).blame(str(error.tensor))
             raise
-    if compression.asked and isinstance(merged.base, ZeroBase):
-        raise UsageError(
-            "an average of whole models is no adapter", remedy="Give --base BASE to write its difference as an adapter."
-        )
+    check_is_change(merged, compression)
     if compression.asked:
         vector, errors = compression.apply(vector)
     elif not vector.is_low_rank():
@@ -271,6 +268,14 @@ def save_merged(
             "the merge is dense and no base is given", remedy="Give --base BASE, or --rank R to write an adapter."
         )
     return save_vector(vector, out, saving, heads=kept), errors
+
+
+def check_is_change(merged: Merged, compression: Compression) -> None:
+    """Raises UsageError where whole weights, and no change of a base, are to become an adapter."""
+    if compression.asked and isinstance(merged.base, ZeroBase):
+        raise UsageError(
+            "an average of whole models is no adapter", remedy="Give --base BASE to write its difference as an adapter."
+        )
 
 
 def written_merge(

@@ -1,8 +1,9 @@
-"""``--dry-run`` of ``negate``, ``mix`` and ``extract``: their stages, and what of their results stays in memory."""
+"""``--dry-run`` of ``negate``, ``mix``, ``extract`` and of whatever writes an adapter: the stages, and what of their
+results stays in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -11,7 +12,6 @@ import torch
 from devec.api.budget import adapter_bytes, factors_kept, likely, most, ranks
 from devec.api.factor import checkpoints_of_pool, tensor_names
 from devec.api.jobs import sources_of
-from devec.api.lora import lora_needs
 from devec.api.merge import Compression
 from devec.api.negate import Negated
 from devec.api.output import Saving, edited, heads_from, require_low_rank
@@ -24,6 +24,7 @@ from devec.core.options import Factoring
 from devec.core.vectors import LazyMap, Pool, TaskVector
 from devec.engine.memory import fit_workers
 from devec.engine.plan import Rates, Stage, peak, wall
+from devec.methods.decompose.shared_unique import working_bytes
 
 
 def plan_negate(
@@ -149,28 +150,62 @@ def plan_extract(
 
     A rank that ``--energy`` or ``--error`` decides counts at the largest that there can be.
     """
+    if compression.asked:
+        return plan_adapter(vector, [vector], saving, compression, rates=rates, parts=not vector.partial)
     rates = rates or Rates.measured()
     read = Sizes(sources_of(vector)).whole() + file_bytes([vector])
+    return [_dense_artifact(vector, saving, rates, read)]
+
+
+def plan_adapter(
+    vector: TaskVector,
+    inputs: Sequence[TaskVector],
+    saving: Saving,
+    compression: Compression,
+    *,
+    heads: Mapping[str, torch.Tensor] | None = None,
+    rates: Rates | None = None,
+    parts: bool = False,
+) -> list[Stage]:
+    """The factoring of every matrix of a vector, if a rank is asked for, and its writing as an adapter. ``parts``:
+    on threads and into files (``extract``); otherwise one after the other and kept in memory.
+
+    Raises UsageError for a dense vector without a rank, and RefusedError over ``--max-memory``.
+    """
+    rates, engine, dialect = rates or Rates.measured(), saving.engine, vector.origin.dialect
+    read = Sizes({id(s): s for v in (vector, *inputs) for s in sources_of(v)}.values()).whole() + file_bytes(inputs)
+    stored = _bytes_of(heads or {})
     if not compression.asked:
-        return [_dense_artifact(vector, saving, rates, read)]
+        require_low_rank(vector, vector.name, "Give --base BASE, or --rank R to write an adapter.")
+        found = {n: ranks([vector.deltas[n]], vector.layouts[n].matrix_shape, min)[0] for n in vector.deltas}
+        return [_adapter(vector.layouts, found, dialect, saving, rates, heads=stored, read=read)]
     names = [n for n in vector.deltas if not vector.layouts[n].is_vector]
-    shapes = {n: vector.layouts[n].matrix_shape for n in names}
-    rank_of = {n: min(compression.rank or min(shape), *shape) for n, shape in shapes.items()}
     factoring = Factoring(rank=str(compression.rank or "none"), exact=compression.rank is None)
+    rank_of: dict[str, int] = {}
+    needs: list[int] = []
     single = double = 0
-    for n, shape in shapes.items():
-        one, two = svd_flops(factoring, shape, rank_of[n])
+    for n in names:
+        shape, delta = vector.layouts[n].matrix_shape, vector.deltas[n]
+        (largest,) = ranks([delta], shape, min)
+        rank_of[n] = min(compression.rank or largest, largest)
+        if isinstance(delta, LowRankDelta):
+            one, two = 8 * sum(shape) * largest**2, 22 * largest**3
+            needs.append(_product_needs(shape, largest))
+        else:
+            one, two = svd_flops(factoring, shape, rank_of[n])
+            needs.append(working_bytes(shape, factoring))
         single, double = single + one, double + two
-    needs = lora_needs(vector, compression, names)
-    workers, _ = fit_workers(saving.engine.workers, saving.engine.memory, needs)
-    stored = adapter_bytes(vector.layouts, rank_of, 4, "peft")
-    elements = sum(map(prod, shapes.values()))
+    made = adapter_bytes(vector.layouts, rank_of, 4, "peft")
+    kept, asked = (0, engine.workers) if parts else (made, 1)
+    workers, _ = fit_workers(asked, engine.memory, needs, kept)
+    elements = sum(prod(vector.layouts[n].matrix_shape) for n in names)
     core = single / rates.flops + double / rates.flops64 + 2 * elements / rates.elements + read / rates.hashed
-    memory = peak(workers, needs, saving.engine.memory)
-    spent = wall(core, workers, read, stored)
-    factor = Stage("factor", len(names), read, stored, single + double, memory, spent)
-    write = _adapter(vector.layouts, rank_of, "peft", saving, rates, read=stored)
-    return [factor, write]
+    written = made if parts else 0
+    spent = wall(core, workers, read, written)
+    memory = peak(workers, needs, engine.memory, kept)
+    factor = Stage("factor", len(names), read, written, single + double, memory, spent)
+    dialect = "peft" if parts else dialect
+    return [factor, _adapter(vector.layouts, rank_of, dialect, saving, rates, kept=kept, heads=stored, read=written)]
 
 
 def _dense_artifact(vector: TaskVector, saving: Saving, rates: Rates, read: int) -> Stage:

@@ -111,8 +111,9 @@ def merge(
     import torch
 
     from devec.api.jobs import Job
-    from devec.api.merge import Compression, model_for, save_merged, written_merge
+    from devec.api.merge import Compression, check_is_change, model_for, save_merged, written_merge
     from devec.api.merge import merge as run
+    from devec.api.output import check_adapter_place, heads_from
     from devec.api.plan import plan_write
     from devec.core.errors import UsageError
     from devec.io.names import Selection
@@ -146,9 +147,16 @@ def merge(
     if there:
         found = written_merge(merged, output, saving, compression=compression, heads=o["heads_from"])
         return show.complete(output, how, found)
+    adapter = merged.base is None or compression.asked
+    if adapter and (o["dry_run"] or saving.engine.memory is not None):
+        from devec.api.plan_verbs import plan_adapter
+
+        check_is_change(merged, compression)
+        heads = heads_from(o["heads_from"], list(merged.pool))
+        stages = plan_adapter(merged.vector, list(merged.pool), saving, compression, heads=heads)
+        check_adapter_place(output, merged.vector)
     if o["dry_run"]:
-        stages = []
-        if merged.base is not None and not compression.asked:
+        if not adapter:
             model = model_for(**given, heads=o["heads_from"], **dtypes(o))
             stages = [plan_write(model, saving.engine, saving.out_dtype)]
         return dry(output, how, stages, sources=len(merged.pool), tensors=len(merged.vector.deltas))

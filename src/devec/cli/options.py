@@ -146,7 +146,8 @@ def running() -> Callable[[F], F]:
 def going_on() -> Callable[[F], F]:
     """--resume and where else work may run, for commands that write."""
     return _all(
-        click.option("--resume", is_flag=True, help="Go on where the same command stopped; begin if it never did; fine if it is complete."),
+        click.option("--resume", is_flag=True,
+                     help="Go on where the same command stopped; begin if it never did, say so if it is complete."),
         click.option("--executor", type=click.Choice(["threads", "ray"]), default="threads", show_default=True,
                      help="Threads of this process, or the workers of a Ray cluster (checkpoints, decompositions)."),
         click.option("--address", metavar="ADDRESS", default=None,

@@ -272,13 +272,19 @@ def export(part: str, base: str | None, output: str, as_json: bool, quiet: bool,
     if there:
         return show.complete(output, how, written_export(vector, output, base=base, saving=saving))
     if o["dry_run"]:
-        stages = []
         if base is not None:
             from devec.api.apply import model_for
             from devec.api.plan import plan_write
 
             model = model_for(base, [(1.0, part)], view=view, **dtypes(o))
             stages = [plan_write(model, saving.engine, model.out_dtype)]
+        else:
+            from devec.api.merge import Compression
+            from devec.api.output import check_adapter_place
+            from devec.api.plan_verbs import plan_adapter
+
+            stages = plan_adapter(vector, [vector], saving, Compression(), heads=vector.heads)
+            check_adapter_place(output, vector)
         return dry(output, how, stages, part=vector.name, tensors=len(vector.deltas))
     with show.progress("write", how) as advance:
         written = run(vector, output, base=base, saving=replace(saving, progress=advance))
