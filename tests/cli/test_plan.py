@@ -130,6 +130,16 @@ def test_adapters_are_read_and_written_as_planned(name: str, here: Path, devec: 
     assert expected.get(name, "write") in planned
 
 
+def test_an_adapter_that_is_taken_from_a_model_counts_once(here: Path, devec: Runner, reads: Counter[str]) -> None:
+    words = "negate --base base --target la --pool lb"
+    planned = stages(devec, words)
+    reads.clear()
+    devec(*words.split(), "-o", "out")
+    files = sum(Path(n, "adapter_model.safetensors").stat().st_size for n in ("la", "lb"))
+    assert total(planned, "bytes_read") == reads["base"] + files
+    assert tensor_bytes(Path("out")) == total(planned, "bytes_written")
+
+
 def test_parts_are_written_as_planned(here: Path, devec: Runner) -> None:
     devec("decompose", "la", "lb", "-o", "parts")
     planned = stages(devec, "export parts#unique:la")

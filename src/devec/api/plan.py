@@ -104,7 +104,7 @@ def plan_decompose(
     What iteration serves costs ``4 n m`` a step and column; a rank past a sixteenth of the short side costs the Gram
     matrix of that side instead, up to ``2 n m min(n, m) + 9 min(n, m)^3`` in float64.
     """
-    rates, dense = rates or Rates.measured(), dense or likely(factoring)
+    rates, dense, size = rates or Rates.measured(), dense or likely(factoring), 8 if factoring.dtype == "float64" else 4
     names = tensor_names(pool, factoring)
     kept = 0 if stored else factors_kept(pool, factoring, names, dense)
     needs, workers, _ = plan_needs(pool, factoring, names, engine, kept)
@@ -122,7 +122,7 @@ def plan_decompose(
             delta = block.deltas[i]
             low = isinstance(delta, LowRankDelta)
             both = low or factoring.side != "left"
-            written += r * (4 * (rows + (cols if both else 0)) + 8)
+            written += r * (size * (rows + (cols if both else 0)) + 8)
             if low:
                 single += 8 * (rows + cols) * r * r
                 double += 22 * r**3

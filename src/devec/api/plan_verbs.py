@@ -55,7 +55,7 @@ def plan_negate(
         stages = plan_decompose(pool, factoring, engine, rates, stored=False, dense=dense)
         kept = factors_kept(pool, factoring, names, dense)
         removed, more = _unique_of(target, factoring), _rest(whole, pool, names)
-    kept_heads = heads_from(heads, list(pool))
+    kept_heads = heads_from(heads, whole.inputs if factoring is None else list(pool))
     if whole.base is None:
         found = {n: ranks([target.deltas[n]], target.layouts[n].matrix_shape, min)[0] for n in target.deltas}
         if factoring is not None and factoring.side == "both":
@@ -84,12 +84,12 @@ def _unique_of(target: TaskVector, factoring: Factoring) -> TaskVector:
 def _rest(whole: Negated, pool: Pool, names: list[str]) -> int:
     """Bytes that ``plan_write`` does not see: a dense target a second time, its base too (but for the blocks that are
     at hand before and after the projection), and what of the pool took no part in the decomposition and is read for the
-    inputs' hashes."""
+    inputs' hashes. Less the file of an adapter, which counted already."""
     bases = {id(s): s for s in sources_of(whole.base)}
     own = {id(s): s for s in sources_of(whole.removed) if id(s) not in bases}
     others = Sizes(s for s in checkpoints_of_pool(pool) if id(s) not in {**bases, **own})
     dense = [n for n in whole.removed.deltas if not isinstance(whole.removed.deltas[n], LowRankDelta)]
-    total = others.whole(but=names)
+    total = others.whole(but=names) - file_bytes([whole.removed])
     for n in dense:
         total += sum(size for *_, size in Sizes(own.values()).of(n))
         for source, name, size in Sizes(bases.values()).of(n):

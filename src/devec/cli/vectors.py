@@ -64,6 +64,11 @@ def extract(base: str, model: str, output: str, as_json: bool, quiet: bool, verb
     show.wrote(output, done.written, how, {"error": done.errors})
 
 
+def of_matrices(vector: Any) -> tuple[set[str], Callable[[str], int]]:
+    """The matrices of a vector, and the rank of each."""
+    return {n for n in vector.deltas if not vector.layouts[n].is_vector}, lambda n: vector.deltas[n].rank_bound
+
+
 def show_errors(
     errors: Mapping[str, float], matrices: Collection[str], rank_of: Callable[[str], int], how: Printing
 ) -> None:
