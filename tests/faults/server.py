@@ -125,8 +125,9 @@ def warm() -> None:
     """Import what commands import when they are called."""
     from importlib import import_module
 
-    for name in ("cli.main", "cli.vectors", "cli.models", "cli.look", "api.decompose", "api.export", "api.apply",
-                 "api.merge", "api.mix", "api.negate", "api.extract", "api.references", "core.findings", "io.folder"):
+    for name in ("cli.main", "cli.vectors", "cli.models", "cli.unique", "cli.look", "api.decompose", "api.export",
+                 "api.apply", "api.lora", "api.merge", "api.mix", "api.negate", "api.extract", "api.references",
+                 "core.findings", "io.folder"):
         import_module(f"devec.{name}")
     for name in ("torch", "yaml", "rich.console", "rich.table", "rich.progress"):
         import_module(name)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -64,6 +66,26 @@ def test_shards_side_by_side(name: str, tiny: Field) -> None:
     for trial in begun:
         tiny.server.go(trial)
     assert [tiny.server.wait(trial).code for trial in begun] == [0] * COUNT
+    assert join(tiny, case, folder).code == 0
+    assert whole(tiny, case, folder)
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_a_shard_among_parts_of_another_command(name: str, tiny: Field) -> None:
+    """It may not delete what others have done, --overwrite or not; what it says to do helps."""
+    case = tiny.cases[name]
+    folder = tiny.folder(case)
+    other = {"decompose": ("--rank", "1"), "merge": ("--set", "scale=0.5")}[case.words[0]]
+    assert shard(tiny, replace(case, words=(*case.words, *other)), folder, 2).code == 0
+    for more in ([], ["--resume"], ["--overwrite"]):
+        refused = shard(tiny, case, folder, 1, *more)
+        assert refused.code == 4 and "another command" in refused.line, refused.said
+        assert "delete OUT.partial-run" in refused.line and "--overwrite" not in refused.line
+    shutil.rmtree(folder / f"{case.out}.partial-run")
+    for part in range(1, COUNT + 1):
+        assert shard(tiny, case, folder, part).code == 0
+    again = shard(tiny, case, folder, 2, "--overwrite")
+    assert again.code == 5 and "delete OUT.partial-run" in again.line, again.said
     assert join(tiny, case, folder).code == 0
     assert whole(tiny, case, folder)
 

@@ -27,7 +27,7 @@ PROCESSES = ("a shard", "join")
 
 SIDE_STEPS = {"README.md", "tokenizer.json", "chat_template.jinja"}
 REFUSED, SIDE_STEP = 5, 6
-EXISTS = "the output exists already"
+COMPLETE = "is complete already"
 
 Tree = dict[str, bytes]
 
@@ -178,11 +178,10 @@ class Field:
         more = ["--resume"] if resume or not before.startswith("new without") else []
         more += ["--overwrite"] if before.startswith("new without") and not case.old else []
         ended = self.run(case, folder, *more)
-        refused = before == "new" and not case.old
         wrong = []
-        if refused and (ended.code != REFUSED or EXISTS not in ended.line):
+        if before == "new" and not case.old and COMPLETE not in ended.said:
             wrong.append(f"resumed over a whole output: exit {ended.code}: {ended.said}")
-        if not refused and ended.code != 0:
+        if ended.code != 0:
             wrong.append(f"resumed: exit {ended.code}: {ended.said}")
         state, beside = self.state(case, folder), sorted(p.name for p in folder.iterdir() if p.name != case.out)
         if state != "new" or beside:

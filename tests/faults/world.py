@@ -151,6 +151,7 @@ def cases(world: Path, size: Size, workers: int) -> list[Case]:
     shards = ("--shard-size", size.shard)
     merge = ("merge", "--method", "task-arithmetic", "--base", base, a, b, "--set", "scale=0.4", *shards, *run)
     split = ("decompose", a, b, "--base", base, *run)
+    lora = ("extract", "--base", base, "--model", a, "--rank", "2", *run)
     third = "write out.partial-run/.run/journal.jsonl #3"
     return [
         Case("merge over", merge, old=True),
@@ -167,6 +168,8 @@ def cases(world: Path, size: Size, workers: int) -> list[Case]:
         Case("export LoRA", ("export", f"{lora_parts}#unique:la", *run)),
         Case("apply", ("apply", "--base", base, "--add", "0.5", la, "--subtract", "0.3", lb, *shards, *run)),
         Case("extract", ("extract", "--base", base, "--model", a, *run)),
+        Case("extract LoRA", lora),
+        Case("extract LoRA resumed", lora, begun=third),
         Case("mix over", ("mix", la, lb, *run), old=True),
         Case("mix", ("mix", la, lb, *run), like="mix over"),
         Case("mix over, no exchange", ("mix", la, lb, *run), old=True, swap=False, like="mix over"),

@@ -26,8 +26,8 @@ from devec.core.split import RowSplit, split_rows
 from devec.core.summary import all_findings, as_dict
 from devec.core.vectors import Pool, TaskVector
 from devec.engine.threads import Progress, silent
-from devec.io import artifact
-from devec.io.folder import OutputFolder
+from devec.io import artifact, complete
+from devec.io.folder import OutputFolder, exists
 from devec.io.names import Selection, qkv_split
 from devec.io.records import installed_versions, write_records
 
@@ -177,6 +177,29 @@ def decompose_to(
         artifact.write_decomposition(folder.path, d, summary, _sources(pool), place=folder.place)
         write_records(folder.path, provenance(records), summary=summary["totals"])
     return summary
+
+
+def written_decomposition(
+    pool: Pool, out: str | Path, *, base: Any = None, notes: Sequence[Finding] = (), **choices: Any
+) -> dict[str, Any]:
+    """The summary of the artifact that :func:`decompose_to` has written there before, from its ``spectra.json``.
+
+    Raises RefusedError (the error of an output that exists) if that is not what stands there.
+    """
+    _check_folder(out)
+    factoring, view = choose(choices)
+    pool, splits = prepared(pool, factoring, base)
+    place = Path(out)
+
+    def provenance(hashes: bool) -> Provenance:
+        return _provenance(factoring, view)(tuple(input_record(v, hashes) for v in pool))
+
+    complete.written_folder(place, provenance)
+    d = Decomposition(pool, factoring, {}, view, splits, tuple(notes))
+    if not artifact.is_of(place, d, tensor_names(pool, factoring), _sources(pool)):
+        raise exists(place, "other tensors, or another base")
+    found: dict[str, Any] = json.loads((place / artifact.SPECTRA).read_text(encoding="utf-8"))
+    return found
 
 
 def save_decomposition(

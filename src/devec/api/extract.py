@@ -23,7 +23,7 @@ from devec.core.vectors import Origin, TaskVector
 from devec.io.artifact import Source, SourcedMap
 from devec.io.checkpoint import Checkpoint
 from devec.io.names import Selection, nearest
-from devec.linalg.lowrank import svd_of_dense, svd_of_product
+from devec.linalg.lowrank import ThinSVD, svd_of_dense, svd_of_product
 from devec.linalg.numerics import NonFiniteError
 from devec.linalg.rank import RankRule
 
@@ -203,28 +203,43 @@ def to_lora(
     Per tensor: at most ``rank`` directions, or the fewest that keep the fraction ``energy`` of ``|W|_F^2``, or the
     fewest with ``|W - BA|_F <= error |W|_F``. 1-D parameters cannot be factors and are left out (reported as error 1).
     """
-    if error is not None:
-        energy = max(1.0 - error * error, 1e-12)
-    rule = RankRule.parse(rank) if rank is not None else RankRule("energy", float(energy or 1.0))
+    rule = lora_rule(rank, energy, error)
     errors: dict[str, float] = {}
-    factored: dict[str, Delta] = {}
+    found: dict[str, Delta] = {}
     for n in vector.deltas:
         if vector.layouts[n].is_vector:
             errors[n] = 1.0
             continue
-        delta = vector.deltas[n]
-        try:
-            if isinstance(delta, LowRankDelta):
-                svd = svd_of_product(delta.B, delta.A, rule)
-            else:
-                svd = svd_of_dense(delta.dense(), rule, exact=rank is None, key=(vector.name, n))
-        except NonFiniteError:
-            raise InputError(
-                f"NaN or infinity in {vector.name}", tensor=n, file=vector.origin.file,
-                remedy="Repair the file, or leave the tensor out with --exclude.",
-            ) from None
+        svd = factored(vector, n, rule, exact=rank is None)
         errors[n] = max(1.0 - svd.energy_kept, 0.0) ** 0.5
-        root = svd.S.sqrt().to(svd.U.dtype)
-        factored[n] = LowRankDelta(svd.U * root, root[:, None] * svd.V.T)
-    layouts = {n: vector.layouts[n] for n in factored}
-    return replace(vector, deltas=factored, layouts=layouts, partial=True), errors
+        found[n] = lora_of(svd)
+    layouts = {n: vector.layouts[n] for n in found}
+    return replace(vector, deltas=found, layouts=layouts, partial=True), errors
+
+
+def lora_rule(rank: int | None, energy: float | None, error: float | None) -> RankRule:
+    """The rank rule of ``--rank``, ``--energy`` or ``--error``: ``|W - BA|_F <= e |W|_F`` keeps ``1 - e^2`` of the
+    energy."""
+    if error is not None:
+        energy = max(1.0 - error * error, 1e-12)
+    return RankRule.parse(rank) if rank is not None else RankRule("energy", float(energy or 1.0))
+
+
+def factored(vector: TaskVector, name: str, rule: RankRule, *, exact: bool) -> ThinSVD:
+    """The thin SVD of one matrix. Raises InputError (exit 3) for NaN or infinity."""
+    delta = vector.deltas[name]
+    try:
+        if isinstance(delta, LowRankDelta):
+            return svd_of_product(delta.B, delta.A, rule)
+        return svd_of_dense(delta.dense(), rule, exact=exact, key=(vector.name, name))
+    except NonFiniteError:
+        raise InputError(
+            f"NaN or infinity in {vector.name}", tensor=name, file=vector.origin.file,
+            remedy="Repair the file, or leave the tensor out with --exclude.",
+        ) from None
+
+
+def lora_of(svd: ThinSVD) -> LowRankDelta:
+    """``B = U sqrt(S)``, ``A = sqrt(S) V^T``."""
+    root = svd.S.sqrt().to(svd.U.dtype)
+    return LowRankDelta(svd.U * root, root[:, None] * svd.V.T)

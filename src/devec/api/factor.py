@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from devec.api.budget import factors_kept
 from devec.api.gpu import factored_in_batches
 from devec.api.jobs import Job, checkpoints_of, kept_of
-from devec.api.run import Engine, cluster, learn, portable, stretch
+from devec.api.parts import as_part, into_parts
+from devec.api.run import Engine, cluster, portable, stretch
 from devec.core.block import Block
 from devec.core.delta import LowRankDelta
-from devec.core.errors import IncompatibleError, RefusedError
+from devec.core.errors import IncompatibleError
 from devec.core.options import Factoring
 from devec.core.results import LazyFactors, TensorFactors
 from devec.core.vectors import Pool
@@ -22,10 +24,9 @@ from devec.engine.memory import available, fit_workers
 from devec.engine.stream import Check, Unit, stream
 from devec.engine.threads import Progress, silent
 from devec.io.checkpoint import Checkpoint
-from devec.io.disk import refusing
 from devec.io.folder import OutputFolder, Run
-from devec.io.journal import Finished, check_unchanged
-from devec.io.parts import is_sound, members_in, part_name, read_part, write_part
+from devec.io.journal import Finished
+from devec.io.parts import members_in, read_part
 from devec.methods.decompose.shared_unique import shared_unique, working_bytes
 
 
@@ -82,12 +83,13 @@ def need_of(pool: Pool, factoring: Factoring, name: str, room: int) -> Need:
 
 
 def plan_needs(
-    pool: Pool, factoring: Factoring, names: Sequence[str], engine: Engine
+    pool: Pool, factoring: Factoring, names: Sequence[str], engine: Engine, kept: int = 0
 ) -> tuple[dict[str, Need], int, int]:
-    """Each tensor's need, the workers, and the bytes for all of them, within ``--max-memory`` (or what is free)."""
+    """Each tensor's need, the workers, and the bytes for all of them, within ``--max-memory`` (or what is free), beside
+    ``kept`` bytes of results."""
     alone = {n: need_of(pool, factoring, n, 0) for n in names}
     budget = engine.memory
-    workers, room = fit_workers(engine.workers, budget, [need.memory for need in alone.values()])
+    workers, room = fit_workers(engine.workers, budget, [need.memory for need in alone.values()], kept)
     if room is None:
         room = available()
     share = room // max(workers, 1)
@@ -98,7 +100,7 @@ def factor_all(
     pool: Pool, factoring: Factoring, names: Sequence[str], engine: Engine, device: torch.device,
     progress: Progress = silent,
 ) -> dict[str, TensorFactors]:
-    """Every tensor's factors, in memory."""
+    """Every tensor's factors, in memory. Raises RefusedError where they may not all fit into ``--max-memory``."""
     found: dict[str, TensorFactors] = {}
     for name, factors in _factored(pool, factoring, names, engine, device):
         found[name] = factors
@@ -113,7 +115,8 @@ def _factored(
         for found in factored_in_batches(pool, names, factoring, device, workers=engine.workers):
             yield found.name, as_stored(found)
         return
-    needs, workers, room = plan_needs(pool, factoring, names, engine)
+    kept = factors_kept(pool, factoring, names) if engine.memory is not None else 0
+    needs, workers, room = plan_needs(pool, factoring, names, engine, kept)
     sources = checkpoints_of_pool(pool)
 
     def work(name: str, check: Check) -> TensorFactors:
@@ -150,31 +153,12 @@ class Factored:
 
     def into(self, folder: OutputFolder) -> Mapping[str, TensorFactors]:
         """Factor what is not factored yet; returns factors that are read when asked for."""
-        journal = folder.journal
-        assert journal is not None
-        parts = folder.kept / "parts"
-        with refusing(folder.out):
-            parts.mkdir(exist_ok=True)
-        place = {n: parts / part_name(i) for i, n in enumerate(self.names)}
         sources = checkpoints_of_pool(self.pool)
-        for source in sources:
-            source.digests.watch()
-        learn(sources, journal.finished.values())
-        mine = self._mine()
-        journal.forget([n for n, r in journal.finished.items() if n in place and not is_sound(place[n], r.digest)])
-        todo = [n for n in mine if n not in journal.finished]
-        if self.engine.join and todo:
-            raise RefusedError(
-                f"{len(todo)} of {len(mine)} tensors are not factored yet", tensor=todo[0], file=folder.out,
-                remedy="Run the shards that are missing, or stopped, with --resume.",
-            )
-        done = len(mine) - len(todo)
-        for record in self._results(todo, place, sources):
-            journal.append(record)
-            learn(sources, [record])
-            done += 1
-            self.progress(done, len(mine), record.name)
-        check_unchanged(self.run.identity.inputs)
+
+        def factor(names: Sequence[str], place: Mapping[str, Path]) -> Iterator[Finished]:
+            return self._results(names, place, sources)
+
+        place = into_parts(folder, self.names, self._mine(), sources, self.run, self.engine, factor, self.progress)
         if self.engine.shard is not None:
             return {}  # the other parts are not there yet
         return LazyFactors({n: members_in(place[n]) for n in self.names}, lambda name: read_part(place[name]))
@@ -197,7 +181,7 @@ class Factored:
         if self.device.type != "cpu":
             pool, factoring, workers = self.pool, self.factoring, self.engine.workers
             for found in factored_in_batches(pool, names, factoring, self.device, workers=workers):
-                yield _part(place[found.name], as_stored(found), sources)
+                yield as_part(place[found.name], as_stored(found), sources)
             return
         needs, workers, room = plan_needs(self.pool, self.factoring, names, self.engine)
 
@@ -206,17 +190,11 @@ class Factored:
             block = self.pool.block(name)
             factors = factor_tensor(block.whole() if needs[name].whole else block, self.factoring)
             check()
-            return _part(place[name], factors, sources)
+            return as_part(place[name], factors, sources)
 
         units = [Unit(n, needs[n].memory, _ahead(sources, n)) for n in names]
         for _, record in stream(work, units, workers=workers, memory=room):
             yield record
-
-
-def _part(path: Path, factors: TensorFactors, sources: Sequence[Checkpoint]) -> Finished:
-    digest, size = write_part(path, factors)
-    inputs = {str(i): found for i, source in enumerate(sources) if (found := source.digests.take())}
-    return Finished(factors.name, path.name, digest, size, inputs)
 
 
 def factor_elsewhere(job: Job, factoring: Factoring, name: str, path: Path) -> Finished:
@@ -225,7 +203,7 @@ def factor_elsewhere(job: Job, factoring: Factoring, name: str, path: Path) -> F
     sources = checkpoints_of_pool(pool)
     for source in sources:
         source.digests.watch()
-    return _part(path, factor_tensor(pool.block(name), factoring), sources)
+    return as_part(path, factor_tensor(pool.block(name), factoring), sources)
 
 
 def make_pool(factoring: Factoring, base: str | None, **arguments: object) -> Pool:

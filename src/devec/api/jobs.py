@@ -102,14 +102,13 @@ def kept_of(job: Job) -> Any:
     return kept[0]
 
 
-def checkpoints_of(model: object) -> list[Checkpoint]:
-    """Every open checkpoint that a model or vector reads from, each once, in an order that the command decides."""
-    found: dict[int, Checkpoint] = {}
+def sources_of(model: object) -> list[TensorSource]:
+    """Every open model that a model or vector reads from, each once, in an order that the command decides: checkpoints,
+    and whatever else gives tensors by name."""
+    found: dict[int, TensorSource] = {}
 
     def look(source: object) -> None:
-        if isinstance(source, Checkpoint):
-            found.setdefault(id(source), source)
-        elif isinstance(source, Edited):
+        if isinstance(source, Edited):
             look(source.base)
             for terms in source.terms.values():
                 for _, vector, *_ in terms:
@@ -119,9 +118,16 @@ def checkpoints_of(model: object) -> list[Checkpoint]:
                 look(each)
         elif hasattr(source, "like"):  # a base of zeros in the shapes of a model
             look(source.like)
+        elif isinstance(source, TensorSource):
+            found.setdefault(id(source), source)
 
     look(model)
     return list(found.values())
+
+
+def checkpoints_of(model: object) -> list[Checkpoint]:
+    """Those of :func:`sources_of` that are checkpoints: they hash what is read of them."""
+    return [source for source in sources_of(model) if isinstance(source, Checkpoint)]
 
 
 def working_bytes(model: TensorSource, name: str) -> int:

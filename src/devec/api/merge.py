@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from devec.api.extract import to_lora
-from devec.api.output import Saving, edited, heads_from, save_model, save_vector
+from devec.api.jobs import checkpoints_of
+from devec.api.output import (
+    Saving,
+    edited,
+    heads_from,
+    save_model,
+    save_vector,
+    written_model,
+    written_vector,
+)
 from devec.api.references import ViewLike, existing, load_pool, open_model, parse
 from devec.api.sources import hub_of, public_name
 from devec.core.block import Block
@@ -107,6 +116,9 @@ class Compression:
         return any(x is not None for x in (self.rank, self.energy, self.error))
 
     def apply(self, vector: TaskVector) -> tuple[TaskVector, dict[str, float]]:
+        """The vector as factors, and the relative error made in each tensor; what is read is hashed on the way."""
+        for source in checkpoints_of(vector):
+            source.digests.watch()
         return to_lora(vector, rank=self.rank, energy=self.energy, error=self.error)
 
 
@@ -249,10 +261,7 @@ def save_merged(
             if error.tensor in vector.deltas:  # the merge is not finite: say whose numbers are not
                 edited(merged.base, [(1.0, v) for v in merged.pool], saving).blame(str(error.tensor))
             raise
-    if compression.asked and isinstance(merged.base, ZeroBase):
-        raise UsageError(
-            "an average of whole models is no adapter", remedy="Give --base BASE to write its difference as an adapter."
-        )
+    check_is_change(merged, compression)
     if compression.asked:
         vector, errors = compression.apply(vector)
     elif not vector.is_low_rank():
@@ -261,3 +270,21 @@ def save_merged(
         )
     return save_vector(vector, out, saving, heads=kept), errors
 
+
+def check_is_change(merged: Merged, compression: Compression) -> None:
+    """Raises UsageError where whole weights, and no change of a base, are to become an adapter."""
+    if compression.asked and isinstance(merged.base, ZeroBase):
+        raise UsageError(
+            "an average of whole models is no adapter", remedy="Give --base BASE to write its difference as an adapter."
+        )
+
+
+def written_merge(
+    merged: Merged, out: str | Path, saving: Saving, *, compression: Compression, heads: str | None = None
+) -> WrittenModel:
+    """What :func:`save_merged` has written there before; RefusedError if that is not what stands there."""
+    saving = saving.for_inputs(merged.pool, merged.reference_base)
+    if merged.base is None or compression.asked:
+        return written_vector(out, saving)
+    model = edited(merged.base, [(1.0, merged.vector)], saving, heads_from(heads, list(merged.pool)))
+    return written_model(model, out, saving)

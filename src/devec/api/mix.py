@@ -11,12 +11,13 @@ import torch
 
 from devec.api.decompose import decompose
 from devec.api.merge import Compression
-from devec.api.output import Saving, heads_from, require_low_rank, save_vector
+from devec.api.output import Saving, heads_from, require_low_rank, save_vector, written_vector
 from devec.api.references import load_pool
 from devec.core.decomposition import Decomposition
 from devec.core.delta import Delta, LowRankDelta
 from devec.core.errors import UsageError
-from devec.core.vectors import TaskVector
+from devec.core.results import Finding
+from devec.core.vectors import Pool, TaskVector
 from devec.engine.threads import Progress, silent
 from devec.io.model_folder import WrittenModel
 from devec.io.names import Selection
@@ -47,8 +48,7 @@ def mix(
     ``part`` is ``unique`` (the paper's style mixing, section 4.2), ``shared`` or ``all`` (the plain sum). 1-D
     parameters are left out unless ``one_d=True``. ``choices`` are those of :func:`devec.decompose`.
     """
-    dtype = getattr(torch, choices.get("dtype") or "float32")
-    pool, notes = load_pool(adapters, selection=selection, dtype=dtype)
+    pool, notes = mix_inputs(adapters, selection=selection, dtype=choices.get("dtype"))
     w = [1.0] * len(pool) if weights is None else [float(x) for x in weights]
     if len(w) != len(pool):
         raise UsageError(f"{len(w)} weights for {len(pool)} adapters", remedy="Give one weight an adapter: -w 1,0.5")
@@ -62,6 +62,13 @@ def mix(
     for x, p in zip(w[1:], parts[1:], strict=True):
         total = total + x * p
     return Mixed(total.named(f"mix-of-{len(pool)}").map(_tidy), tuple(pool), d)
+
+
+def mix_inputs(
+    adapters: Sequence[str | Path | TaskVector], *, selection: Selection | None = None, dtype: str | None = None
+) -> tuple[Pool, list[Finding]]:
+    """The adapters of a mix, read, and what was noticed."""
+    return load_pool(adapters, selection=selection, dtype=getattr(torch, dtype or "float32"))
 
 
 def _tidy(_name: str, delta: Delta) -> Delta:
@@ -86,3 +93,8 @@ def save_mix(
         vector, errors = compression.apply(vector)
     require_low_rank(vector, "the mix", "Give --rank R to write an adapter.")
     return save_vector(vector, out, saving, heads=heads_from(heads, mixed.inputs)), errors
+
+
+def written_mix(pool: Pool, out: str | Path, saving: Saving) -> WrittenModel:
+    """What :func:`save_mix` has written there before; RefusedError if that is not what stands there."""
+    return written_vector(out, saving.for_inputs(pool))

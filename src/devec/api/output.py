@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from devec.api.edit import Edited, check_finite
-from devec.api.jobs import Job
+from devec.api.jobs import Job, checkpoints_of
 from devec.api.records import input_record, source_paths
 from devec.api.run import Engine, Filling
 from devec.api.sources import hub_of, place_of, public_name
@@ -21,7 +21,7 @@ from devec.core.errors import DevecError, IncompatibleError, RefusedError, Usage
 from devec.core.provenance import InputRecord, Provenance
 from devec.core.vectors import LazyMap, TaskVector, cost_of
 from devec.engine.threads import Progress, silent
-from devec.io import artifact
+from devec.io import artifact, complete
 from devec.io.adapters.write import write_adapter
 from devec.io.folder import OutputFolder
 from devec.io.model_folder import WrittenModel, plan_model, write_model_folder
@@ -129,6 +129,28 @@ def save_model(model: TensorSource, out: str | Path, saving: Saving, base_models
         )
 
 
+def written_model(model: TensorSource, out: str | Path, saving: Saving) -> WrittenModel:
+    """What :func:`save_model` has written there before; RefusedError if that is not what stands there."""
+    def provenance(hashes: bool) -> Provenance:
+        return saving.provenance(hashes=hashes)
+
+    plan = plan_model(
+        Path(out), model, provenance(False), out_dtype=saving.out_dtype, shard_size=saving.shard_size
+    )
+    return complete.written_model(plan, provenance, getattr(model, "folder", None))
+
+
+def written_vector(out: str | Path, saving: Saving, *, adapter: bool = True) -> WrittenModel:
+    """What :func:`save_vector` (or, no ``adapter``, :func:`save_artifact`) has written there before."""
+    def provenance(hashes: bool) -> Provenance:
+        return saving.provenance(hashes=hashes)
+
+    place = Path(out)
+    if place.suffix == ".safetensors":
+        return complete.written_file(place, provenance)
+    return complete.written_folder(place, provenance, beside=["README.md"] if adapter else [])
+
+
 @contextmanager
 def naming_the_output(out: str | Path, source: TensorSource | TaskVector) -> Iterator[None]:
     """Errors name what the user gave: the input that is not finite, and never the temporary folder."""
@@ -204,6 +226,8 @@ def save_artifact(vector: TaskVector, out: str | Path, saving: Saving) -> Path:
     if Path(out).suffix == ".safetensors":
         raise UsageError("a task vector is a folder, not one file", file=out, remedy="Give -o a folder's name.")
     place = OutputFolder(Path(out), overwrite=saving.overwrite, inputs=saving.kept)
+    for source in checkpoints_of(vector):
+        source.digests.watch()
     with naming_the_output(out, vector), place as folder:
         artifact.write_task_vector(folder.path, vector, saving.out_dtype or saving.dtype)
         write_records(folder.path, saving.provenance(), summary=saving.summary)

@@ -100,7 +100,7 @@ class Filling:
             learn(sources, [record])
             done += 1
             self.progress(done, len(names), record.name)
-        check_unchanged(self.run.identity.inputs)
+        check_unchanged(self.run.identity.inputs, self.run.again)
 
     def _mine(self, writer: ShardWriter) -> set[str]:
         """The tensors of this process's shard: one stretch of the output, by bytes; all of them without shards."""

@@ -146,7 +146,8 @@ def running() -> Callable[[F], F]:
 def going_on() -> Callable[[F], F]:
     """--resume and where else work may run, for commands that write."""
     return _all(
-        click.option("--resume", is_flag=True, help="Go on where the same command stopped; begin if it never did."),
+        click.option("--resume", is_flag=True,
+                     help="Go on where the same command stopped; begin if it never did, say so if it is complete."),
         click.option("--executor", type=click.Choice(["threads", "ray"]), default="threads", show_default=True,
                      help="Threads of this process, or the workers of a Ray cluster (checkpoints, decompositions)."),
         click.option("--address", metavar="ADDRESS", default=None,
@@ -272,15 +273,21 @@ def engine_of(values: dict[str, Any]) -> Any:
     )
 
 
-def check_place(output: str, overwrite: bool, references: Iterable[str | None]) -> None:
-    """Refuse an output place before anything is read: it exists, its parent does not, or it is or lies in an input."""
+def check_place(output: str, values: dict[str, Any], references: Iterable[str | None]) -> bool:
+    """Refuse an output place before anything is read: it exists, its parent does not, or it is or lies in an input.
+
+    True: something stands there that ``--resume`` takes for finished, if it turns out to be this command's own.
+    """
+    import os
     from pathlib import Path
 
     from devec.api.references import named_paths
     from devec.io.folder import check_output
 
     inputs = [path for text in references if text is not None for path in named_paths(text)]
-    check_output(Path(output), overwrite=overwrite, inputs=inputs)
+    overwrite, going_on = values["overwrite"], bool(values.get("resume") or values.get("join"))
+    check_output(Path(output), overwrite=overwrite, inputs=inputs, judged=going_on)
+    return going_on and not overwrite and os.path.lexists(output)
 
 
 def download(base: str | None, references: Iterable[str]) -> None:

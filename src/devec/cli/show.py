@@ -169,6 +169,14 @@ def wrote(path: object, written: Any, how: Printing, extra: Mapping[str, Any] | 
             note(text, how)
 
 
+def complete(output: str, how: Printing, written: Any = None) -> None:
+    """What --resume says where the same command had finished."""
+    if how.as_json:
+        wrote(output, written, how, {"complete": True})
+    else:
+        say(f"{output} is complete already; nothing was done", how)
+
+
 def decomposition(summary: Mapping[str, Any], how: Printing) -> None:
     """Totals of a decomposition, and with -v a row per tensor."""
     if how.verbose:

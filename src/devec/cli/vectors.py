@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,14 +29,15 @@ def extract(base: str, model: str, output: str, as_json: bool, quiet: bool, verb
     how = Printing(as_json, quiet, verbose)
     import torch
 
+    from devec.api.lora import save_lora
     from devec.api.merge import Compression
-    from devec.api.output import check_adapter_place, save_artifact, save_vector
+    from devec.api.output import check_adapter_place, save_artifact, written_vector
     from devec.api.references import Reading, open_model, read_vector
     from devec.io.names import Selection
 
     compression = Compression(o["rank"], o["energy"], o["error"])
     saving = saving_of("extract", o, {"rank": o["rank"], "energy": o["energy"], "error": o["error"]})
-    options.check_place(output, o["overwrite"], [base, model])
+    there = options.check_place(output, o, [base, model])
     under = open_model(base)
     reading = Reading(under, getattr(torch, o["dtype"]), Selection(o["include"], o["exclude"]))
     vector, notes = read_vector(model, reading)
@@ -44,24 +46,37 @@ def extract(base: str, model: str, output: str, as_json: bool, quiet: bool, verb
         check_adapter_place(output, vector)
     saving.engine.alone("what extract writes")
     show.warn([n.as_dict() for n in notes], strict=o["strict"])
-    if o["dry_run"]:
-        return dry(output, how, tensors=len(vector.deltas))
+    if there:
+        found = written_vector(output, saving, adapter=compression.asked)
+        return show.complete(output, how, found if compression.asked else None)
+    if o["dry_run"] or saving.engine.memory is not None:
+        from devec.api.plan_verbs import plan_extract
+
+        stages = plan_extract(vector, saving, compression)
+        if o["dry_run"]:
+            return dry(output, how, stages, tensors=len(vector.deltas))
     if not compression.asked:
         show.wrote(save_artifact(vector, output, saving), None, how, {"tensors": len(vector.deltas)})
         return
-    factored, errors = compression.apply(vector)
-    show_errors(factored, errors, how)
-    show.wrote(output, save_vector(factored, output, saving), how, {"error": errors})
+    with show.progress("extract", how) as advance:
+        done = save_lora(vector, output, replace(saving, progress=advance), compression)
+    show_errors(done.errors, done.ranks, done.ranks.__getitem__, how)
+    show.wrote(output, done.written, how, {"error": done.errors})
 
 
-def show_errors(vector: Any, errors: dict[str, float], how: Printing) -> None:
+def of_matrices(vector: Any) -> tuple[set[str], Callable[[str], int]]:
+    """The matrices of a vector, and the rank of each."""
+    return {n for n in vector.deltas if not vector.layouts[n].is_vector}, lambda n: vector.deltas[n].rank_bound
+
+
+def show_errors(
+    errors: Mapping[str, float], matrices: Collection[str], rank_of: Callable[[str], int], how: Printing
+) -> None:
     """The relative Frobenius error of a compression, per tensor with -v, and its extremes."""
-    left_out = [n for n in errors if n not in vector.deltas or vector.layouts[n].is_vector]
-    if left_out:
-        show.note(f"{len(left_out)} 1-D tensors cannot be written as factors and are left out", how)
+    left_out = [n for n in errors if n not in matrices]
     kept = {n: e for n, e in errors.items() if n not in left_out}
     if kept and how.verbose:
-        rows = [(n, vector.deltas[n].rank_bound, e) for n, e in kept.items()]
+        rows = [(n, rank_of(n), e) for n, e in kept.items()]
         show.table("compression", ["tensor", "rank", "relative error"], rows, how)
     if kept:
         ordered = sorted(kept.values())
@@ -129,7 +144,7 @@ def decompose(
 ) -> None:
     """Split task vectors into shared and unique parts; parts are read from OUT as OUT#unique:NAME and so on."""
     how = Printing(as_json, quiet, verbose)
-    from devec.api.decompose import choose, decompose_to
+    from devec.api.decompose import choose, decompose_to, written_decomposition
     from devec.api.decompose import decompose as run
     from devec.api.jobs import Job
     from devec.api.references import load_pool
@@ -138,8 +153,7 @@ def decompose(
 
     choices = {**options.fixed(o), **options.read_time(o), "mode": o["mode"], "target": o["target"]}
     choose(choices)  # a wrong choice is an error before anything is read
-    if output is not None:
-        options.check_place(output, o["overwrite"], [o["base"], *sources])
+    there = output is not None and options.check_place(output, o, [o["base"], *sources])
     import torch
 
     engine = options.engine_of(o)
@@ -147,12 +161,18 @@ def decompose(
         engine.alone("a decomposition that is only shown")
     selection = Selection(o["include"], o["exclude"])
     pool, notes = load_pool(sources, base=o["base"], dtype=getattr(torch, o["dtype"]), selection=selection)
+    if there:
+        assert output is not None
+        summary = written_decomposition(pool, output, base=o["base"], notes=notes, **choices)
+        if o["strict"]:
+            show.warn(summary["warnings"], strict=True)
+        return show.print_json(summary) if as_json else show.complete(output, how)
     if o["dry_run"]:
         from devec.api.decompose import prepared
         from devec.api.plan import plan_decompose
 
         factoring = choose(choices)[0]
-        stages = plan_decompose(prepared(pool, factoring, o["base"])[0], factoring, engine)
+        stages = plan_decompose(prepared(pool, factoring, o["base"])[0], factoring, engine, stored=output is not None)
         return dry(output, how, stages, vectors=len(pool), tensors=len(pool.tensors()))
 
     def approve(findings: Any) -> None:
@@ -239,6 +259,7 @@ def export(part: str, base: str | None, output: str, as_json: bool, quiet: bool,
     """Write one part in the input's own format (LoRA in, LoRA out), or base + part."""
     how = Printing(as_json, quiet, verbose)
     from devec.api.export import export as run
+    from devec.api.export import written_export
     from devec.api.jobs import Job
     from devec.api.references import existing, load_vector, parse
     from devec.core.errors import UsageError
@@ -246,22 +267,30 @@ def export(part: str, base: str | None, output: str, as_json: bool, quiet: bool,
 
     if parse(part).part is None:
         raise UsageError(f"{part!r} names no part", remedy="Write ARTIFACT#unique:NAME, #shared:NAME or #shared:A+B.")
-    options.check_place(output, o["overwrite"], [base, part])
+    there = options.check_place(output, o, [base, part])
     vector = load_vector(part, base=base, view=options.read_view(o, [part]))
     if vector.is_low_rank() and decomposed_side(existing(parse(part).path, part)) == "both":
         show.note(show.BOTH_SIDES, how)
+    view = options.read_view(o, [part])
+    job = Job("devec.api.apply.model_for", {"base": base, "terms": [(1.0, part)], "view": view, **dtypes(o)})
+    saving = replace(saving_of("export", o, {"part": part.partition("#")[2], **options.read_time(o)}), job=job)
+    if there:
+        return show.complete(output, how, written_export(vector, output, base=base, saving=saving))
     if o["dry_run"]:
-        stages = []
         if base is not None:
             from devec.api.apply import model_for
             from devec.api.plan import plan_write
 
-            model = model_for(base, [(1.0, part)], view=options.read_view(o, [part]), **dtypes(o))
-            stages = [plan_write(model, options.engine_of(o), model.out_dtype)]
+            model = model_for(base, [(1.0, part)], view=view, **dtypes(o))
+            stages = [plan_write(model, saving.engine, model.out_dtype)]
+        else:
+            from devec.api.merge import Compression
+            from devec.api.output import check_adapter_place
+            from devec.api.plan_verbs import plan_adapter
+
+            stages = plan_adapter(vector, [vector], saving, Compression(), heads=vector.heads)
+            check_adapter_place(output, vector)
         return dry(output, how, stages, part=vector.name, tensors=len(vector.deltas))
-    view = options.read_view(o, [part])
-    job = Job("devec.api.apply.model_for", {"base": base, "terms": [(1.0, part)], "view": view, **dtypes(o)})
-    saving = replace(saving_of("export", o, {"part": part.partition("#")[2], **options.read_time(o)}), job=job)
     with show.progress("write", how) as advance:
         written = run(vector, output, base=base, saving=replace(saving, progress=advance))
     show.wrote(output, written, how)

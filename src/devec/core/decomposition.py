@@ -292,11 +292,7 @@ class Decomposition:
         return self._joined(part)
 
     def _cost(self, tensor: str) -> int:
-        """Bytes that making a part of one tensor takes besides its rows, at most: bases, the subspace and ``Z^T W``, of
-        ranks up to a quarter of the short side."""
-        n, m = self.pool.layout(tensor).matrix_shape
-        size = 8 if self.factoring.dtype == "float64" else 4
-        return size * (n + m) * min(n, m) // 2
+        return part_bytes(self.pool.layout(tensor).matrix_shape, self.factoring)
 
     def _removed_sides(self, tensor: str, index: int) -> dict[str, Tensor] | None:
         """Z of each side; ``None`` if one of them is empty: a projector onto nothing on either side is nothing."""
@@ -369,6 +365,13 @@ class Decomposition:
 
     def _joined(self, vector: TaskVector) -> TaskVector:
         return join_rows(vector, self.splits) if self.splits else vector
+
+
+def part_bytes(shape: tuple[int, int], factoring: Factoring) -> int:
+    """Bytes that making a part of one tensor takes besides its rows, at most: bases, the subspace and ``Z^T W``, of
+    ranks up to a quarter of the short side."""
+    n, m = shape
+    return (8 if factoring.dtype == "float64" else 4) * (n + m) * min(n, m) // 2
 
 
 def _some(basis: Tensor | None) -> Tensor:

@@ -75,9 +75,10 @@ class Stage:
         return {**asdict(self), "seconds": round(self.seconds, 2)}
 
 
-def peak(workers: int, needs: Sequence[int], budget: int | None = None) -> int:
-    """Resident bytes of the process with the largest needs at work at once, as far as a budget lets them."""
-    most = resident() + workers * ARENA + sum(sorted(needs, reverse=True)[:workers])
+def peak(workers: int, needs: Sequence[int], budget: int | None = None, kept: int = 0) -> int:
+    """Resident bytes of the process with the largest needs at work at once, as far as a budget lets them, beside
+    ``kept`` bytes of results that stay."""
+    most = resident() + kept + workers * ARENA + sum(sorted(needs, reverse=True)[:workers])
     return most if budget is None else min(most, budget)
 
 

@@ -37,6 +37,7 @@ from devec.io.writer import SafetensorsWriter
 MANIFEST = "manifest.json"
 FACTORS = "factors.safetensors"
 DELTAS = "delta.safetensors"
+SPECTRA = "spectra.json"
 FILES = (MANIFEST, FACTORS, DELTAS)
 SCHEMA = 1
 
@@ -164,16 +165,12 @@ def write_decomposition(
     """
     # Twice over the factors and embedded deltas: once for the header, once for the numbers, so that one is in memory.
     rows = [row_of(t) for t in d.tensors.values()]
-    vectors = []
-    for i in range(len(d.pool)):
-        known = sources.get(d.vectors[i])
-        source = None if known is None else known.seen_from(folder if place is None else place)
-        vectors.append(_vector_out(d.original(d.vectors[i]), source))
+    vectors = _vectors_out(d, sources, folder if place is None else place)
     entries = [(n, TensorInfo(tuple(t.shape), t.dtype)) for n, t in _numbers(d, vectors)]
     with SafetensorsWriter(folder / FACTORS, entries, {"format": "pt", "devec.kind": "decomposition"}) as writer:
         for n, t in _numbers(d, vectors):
             writer.put(n, t)
-    write_json(folder / "spectra.json", summary)
+    write_json(folder / SPECTRA, summary)
     write_json(
         folder / MANIFEST,
         {
@@ -182,13 +179,32 @@ def write_decomposition(
             "factoring": asdict(d.factoring),
             "view": asdict(d.view),
             "vectors": vectors,
-            "splits": {
-                n: {"layout": layout_out(s.layout), "parts": [list(p) for p in s.parts]} for n, s in d.splits.items()
-            },
+            "splits": _splits_out(d),
             "notes": [f.as_dict() for f in d.notes],
             "tensors": rows,
         },
     )
+
+
+def _vectors_out(d: Decomposition, sources: Mapping[str, Source], place: Path) -> list[dict[str, Any]]:
+    seen = {name: source.seen_from(place) for name, source in sources.items()}
+    return [_vector_out(d.original(name), seen.get(name)) for name in d.vectors]
+
+
+def _splits_out(d: Decomposition) -> dict[str, Any]:
+    return {n: {"layout": layout_out(s.layout), "parts": [list(p) for p in s.parts]} for n, s in d.splits.items()}
+
+
+def is_of(folder: Path, d: Decomposition, names: Sequence[str], sources: Mapping[str, Source]) -> bool:
+    """Whether an artifact is the decomposition of these vectors, with these tensors factored (``d`` needs no factors).
+
+    Compares what the manifest says of vectors, tensors and splits, not the numbers.
+    """
+    manifest = _read_json(folder / MANIFEST)
+    wanted = {"kind": "decomposition", "vectors": _vectors_out(d, sources, folder), "splits": _splits_out(d)}
+    known = {key: manifest.get(key) for key in wanted}
+    rows = [row.get("name") for row in manifest.get("tensors", [])]
+    return json.dumps(known) == json.dumps(wanted) and rows == list(names)
 
 
 def _numbers(d: Decomposition, vectors: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:

@@ -17,7 +17,18 @@ from types import TracebackType
 
 from devec.core.errors import DevecError, RefusedError, RunInterrupted, SideStepError, resumable
 from devec.io.disk import refusing, sync
-from devec.io.journal import RUN, Identity, Journal, check_same_run, lock, read_lines, read_plan, write_plan
+from devec.io.journal import (
+    AGAIN,
+    RUN,
+    SHARDS_AGAIN,
+    Identity,
+    Journal,
+    check_same_run,
+    lock,
+    read_lines,
+    read_plan,
+    write_plan,
+)
 from devec.io.temporary import (
     ASIDE,
     DATA,
@@ -34,13 +45,15 @@ from devec.io.temporary import (
 
 
 def check_output(
-    out: Path, *, overwrite: bool, inputs: Sequence[Path] = (), expected_bytes: int | None = None
+    out: Path, *, overwrite: bool, inputs: Sequence[Path] = (), expected_bytes: int | None = None,
+    judged: bool = False,
 ) -> None:
     """Every reason to refuse an output place before anything is computed (exit 5, nothing written).
 
-    Refused: an existing ``out`` without ``overwrite``; one that is, contains, or lies inside an input; one whose
-    replacement would delete the working folder, the home folder, a file-system root or a version-controlled folder;
-    a parent that is missing or not writable; a disk with less free space than ``expected_bytes``.
+    Refused: an existing ``out`` without ``overwrite`` (unless it is ``judged`` later, see ``io.complete``); one that
+    is, contains, or lies inside an input; one whose replacement would delete the working folder, the home folder, a
+    file-system root or a version-controlled folder; a parent that is missing or not writable; a disk with less free
+    space than ``expected_bytes``.
     """
     parent = out.absolute().parent
     if not parent.is_dir():
@@ -57,7 +70,9 @@ def check_output(
     if os.path.lexists(real):
         if not overwrite:
             tidy(temporary(real))
-            raise _exists(out)
+            if judged:
+                return
+            raise exists(out)
         _refuse_precious(out, real)
     if expected_bytes is not None:
         with refusing(parent):
@@ -70,9 +85,11 @@ def check_output(
             )
 
 
-def _exists(out: Path) -> RefusedError:
+def exists(out: Path, unlike: str | None = None) -> RefusedError:
+    """The refusal of a place that is taken; ``unlike`` says why what stands there is not what the command writes."""
     return RefusedError(
-        "the output exists already", file=out, remedy="Choose another -o, or replace it with --overwrite."
+        "the output exists already", values={} if unlike is None else {"not what this command writes": unlike},
+        file=out, remedy="Choose another -o, or replace it with --overwrite.",
     )
 
 
@@ -105,6 +122,11 @@ class Run:
     resume: bool = False
     shard: tuple[int, int] | None = None
     join: bool = False
+
+    @property
+    def again(self) -> str:
+        """How the user begins anew."""
+        return AGAIN if self.shard is None else SHARDS_AGAIN
 
     @property
     def part(self) -> str:
@@ -195,7 +217,7 @@ class OutputFolder:
         plan = read_plan(self.place) if self.path.is_dir() else None
         if run is not None and run.shard is not None:
             if plan is not None:
-                check_same_run(self.place, plan, run.identity)
+                check_same_run(self.place, plan, run.identity, run.again)
             if not run.resume and (own := finished_in(self.place, run.part)):
                 raise self._unfinished(own)
         elif plan is not None and done and run is not None and (run.resume or run.join):
@@ -223,12 +245,13 @@ class OutputFolder:
         if os.path.lexists(aside) and not os.path.lexists(self.out):
             aside.rename(self.out)
             if not self.overwrite:
-                raise _exists(self.out)
+                raise exists(self.out)
 
     def _unfinished(self, done: int) -> RefusedError:
+        again = AGAIN if self.run is None else self.run.again
         return RefusedError(
             "an unfinished run of this output is kept", values={"finished tensors": done}, file=self.place,
-            remedy="Go on with --resume, or begin again with --overwrite.",
+            remedy=f"Go on with --resume, or {again}.",
         )
 
     def __exit__(

@@ -20,6 +20,12 @@ from devec.io.disk import refusing, write_file
 RUN = ".run"
 PLAN = "plan.json"
 
+AGAIN = "begin again with --overwrite"
+SHARDS_AGAIN = "delete OUT.partial-run and run every part again"
+"""How a run is begun anew: one part of several may not delete what the others have done, whatever it is given."""
+
+RESTORE = "Restore it and go on with --resume, or {again}."
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -56,7 +62,7 @@ class Identity:
         return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
 
 
-def stamp(paths: Iterable[Path]) -> dict[str, list[int]]:
+def stamp(paths: Iterable[Path], again: str = AGAIN) -> dict[str, list[int]]:
     """Size and time of change (ns) of each file; of a folder, of every file directly in it."""
     found: dict[str, list[int]] = {}
     for path in paths:
@@ -66,23 +72,21 @@ def stamp(paths: Iterable[Path]) -> dict[str, list[int]]:
                 status = file.stat()
             except OSError as error:
                 text = f"an input vanished: {error.strerror}"
-                raise InputError(text, file=file, remedy=RESTORE, passing=True) from None
+                remedy = RESTORE.format(again=again)
+                raise InputError(text, file=file, remedy=remedy, passing=True) from None
             found[str(file.absolute())] = [status.st_size, status.st_mtime_ns]
     return found
 
 
-RESTORE = "Restore it and go on with --resume, or begin again with --overwrite."
-
-
-def check_unchanged(before: Mapping[str, list[int]]) -> None:
+def check_unchanged(before: Mapping[str, list[int]], again: str = AGAIN) -> None:
     """Raises IncompatibleError (exit 4) for a file that is not what it was when the run began."""
     for name, then in before.items():
-        now = stamp([Path(name)])[str(Path(name).absolute())]
+        now = stamp([Path(name)], again)[str(Path(name).absolute())]
         if now != then:
             raise IncompatibleError(
                 "an input was changed while it was read",
                 values={"size then": then[0], "size now": now[0], "changed": _later(then[1], now[1])},
-                file=name, remedy=RESTORE, passing=True,
+                file=name, remedy=RESTORE.format(again=again), passing=True,
             )
 
 
@@ -100,6 +104,7 @@ class Journal:
     def __init__(self, folder: Path, part: str = "", inputs: Mapping[str, list[int]] | None = None) -> None:
         self.path = folder / f"journal{part}.jsonl"
         self.inputs = inputs or {}
+        self.again = SHARDS_AGAIN if part else AGAIN
         with refusing(self.path):
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             if not lock(self._fd, shared=False):
@@ -117,7 +122,8 @@ class Journal:
 
     def append(self, record: Finished) -> None:
         """Remember one more tensor. The line is written at once, in a single call."""
-        check_unchanged(self.inputs)  # else the file might be put back, and its strange numbers taken for finished
+        # Else the file might be put back, and its strange numbers taken for finished.
+        check_unchanged(self.inputs, self.again)
         line = json.dumps(asdict(record), ensure_ascii=False, separators=(",", ":")) + "\n"
         with refusing(self.path):
             data = memoryview(line.encode())
@@ -173,7 +179,7 @@ def write_plan(folder: Path, identity: Identity) -> None:
         partial.replace(place / PLAN)
 
 
-def check_same_run(folder: Path, plan: Mapping[str, Any], identity: Identity) -> None:
+def check_same_run(folder: Path, plan: Mapping[str, Any], identity: Identity, again: str = AGAIN) -> None:
     """Raises for an unfinished run of another command (exit 2 of the user's words: here exit 4) or of other inputs."""
     wanted = identity.as_dict()
     for name in sorted(set(plan.get("inputs", {})) | set(wanted["inputs"])):
@@ -181,14 +187,14 @@ def check_same_run(folder: Path, plan: Mapping[str, Any], identity: Identity) ->
         if then != now:
             raise IncompatibleError(
                 "an input is not what it was when the unfinished run began",
-                values={"then": _stamped(then), "now": _stamped(now)}, file=name, remedy=RESTORE,
+                values={"then": _stamped(then), "now": _stamped(now)}, file=name, remedy=RESTORE.format(again=again),
             )
     for key in ("command", "outputs"):
         if plan.get(key) != wanted[key]:
             raise IncompatibleError(
                 "the unfinished run belongs to another command or version",
                 values=_differences(plan.get(key), wanted[key]), file=folder,
-                remedy="Give the same command with --resume, or begin again with --overwrite.",
+                remedy=f"Give the command that began it, with --resume, or {again}.",
             )
 
 

@@ -18,7 +18,7 @@ from devec.core.provenance import Provenance
 from devec.io.card import Relation, model_card
 from devec.io.disk import write_file
 from devec.io.folder import OutputFolder, Run
-from devec.io.records import dump_yaml, write_records
+from devec.io.records import LOCK_KEY, RECIPE_KEY, RESERVED, dump_yaml, lock_hash, write_records
 from devec.io.shards import DEFAULT_SHARD_SIZE, Fill, Shard, ShardWriter, plan_shards
 from devec.io.writer import nbytes
 
@@ -41,7 +41,6 @@ COMPANIONS = (
 """What a model needs beside its weights and its config: never weights, never code."""
 
 _COMPANION_SUFFIXES = {".json", ".jsonl", ".txt", ".model", ".tiktoken", ".jinja", ".bpe"}
-_RECIPE_KEY = "devec.recipe"
 _ROOM = 1 << 24
 """Bytes allowed for everything but the tensors when free space is checked."""
 
@@ -113,7 +112,7 @@ def plan_model(
     entries = plan_entries(source, out_dtype, infos)
     header = {**_tie_metadata(source), **(metadata or {})}
     if out.suffix == ".safetensors":
-        header[_RECIPE_KEY] = dump_yaml(provenance.to_recipe()).decode()
+        header |= {RECIPE_KEY: dump_yaml(provenance.to_recipe()).decode(), LOCK_KEY: RESERVED}
         return ModelPlan(out, (Shard(out.name, tuple(entries)),), header)
     return ModelPlan(out, tuple(plan_shards(entries, shard_size)), header)
 
@@ -140,8 +139,9 @@ def write_model_folder(
     Each value has the stored shape and any float dtype, and is rounded to nearest last; integers are written bit for
     bit. The plan's ``out_dtype`` holds for float tensors (default: the dtype that ``source`` stores each one in), and
     its ``infos`` replace shape and dtype of single tensors (e.g. a resized vocabulary). Tied tensors are written once.
-    A plan for a name that ends in ``.safetensors`` gives that one file, with recipe and tensor hashes in its metadata;
-    any other name gives a folder. ``provenance`` is asked for once the weights are written, when every input was read.
+    A plan for a name that ends in ``.safetensors`` gives that one file, with recipe, tensor hashes and the lock's hash
+    in its metadata; any other name gives a folder. ``provenance`` is asked for once the weights are written, when every
+    input was read.
 
     Nothing stands under ``out`` before all is written. With ``run`` the finished tensors outlive an interrupt.
 
@@ -156,7 +156,7 @@ def write_model_folder(
     notes: list[str] = []
     failed: list[str] = []
     with place as folder:
-        writer = _filled(plan, folder, fill)
+        writer = _filled(plan, folder, fill, provenance)
         if run is not None and run.shard is not None:
             return WrittenModel(folder.path, tuple(s.filename for s in plan.shards), 0, 0, (_shard_note(writer, run),))
         if not plan.single:
@@ -188,7 +188,9 @@ def write_model_folder(
     return WrittenModel(plan.out, files, plan.tensors, writer.total_size, tuple(notes))
 
 
-def _filled(plan: ModelPlan, folder: OutputFolder, fill: Fill) -> ShardWriter:
+def _filled(
+    plan: ModelPlan, folder: OutputFolder, fill: Fill, provenance: Callable[[], Provenance]
+) -> ShardWriter:
     """The writer of a plan with every tensor in it; closed, or with shards left open for the others."""
     whole = folder.run is None or folder.run.shard is None
     writer = plan.writer(folder.path, reopen=folder.run is not None)
@@ -199,6 +201,8 @@ def _filled(plan: ModelPlan, folder: OutputFolder, fill: Fill) -> ShardWriter:
         else:
             fill(writer, folder.journal)
         if whole:
+            if plan.single:
+                writer.seal(LOCK_KEY, lock_hash(provenance()))
             writer.close()
     finally:
         writer.release()
@@ -280,16 +284,21 @@ def is_companion(name: str) -> bool:
     )
 
 
+def companions(base: Path | None) -> list[str]:
+    """What an output takes over from its base's folder besides weights and config."""
+    if base is None:
+        return []
+    found = {p.relative_to(base) for pattern in COMPANIONS for p in base.glob(pattern) if not p.is_dir()}
+    return [p.as_posix() for p in sorted(found) if is_companion(p.as_posix())]
+
+
 def _copy_companions(folder: Path, base: Path | None) -> list[str]:
     """Copy tokenizer, chat template and the like; returns what failed."""
     if base is None:
         return []
-    found = {p for pattern in COMPANIONS for p in base.glob(pattern) if is_companion(p.relative_to(base).as_posix())}
     failed: list[str] = []
-    for path in sorted(found):
-        target = folder / path.relative_to(base)
-        if path.is_dir():
-            continue
+    for name in companions(base):
+        path, target = base / name, folder / name
 
         def copy(path: Path = path, target: Path = target) -> None:
             data = path.read_bytes()

@@ -5,6 +5,7 @@ Every file is a function of the inputs alone (no clock, no host), so that two ru
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,12 @@ from devec.io.disk import refusing, sha256_of, write_file
 
 RECORDS = ".devec"
 MANIFEST = f"{RECORDS}/manifest.json"
+
+RECIPE_KEY, LOCK_KEY = "devec.recipe", "devec.lock"
+"""Metadata of an output that is one file: the recipe as YAML, and the SHA-256 of what ``lock.json`` would hold."""
+
+RESERVED = "0" * 64
+"""What stands for a hash until it is known."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,11 @@ def dump_yaml(value: object) -> bytes:
     """Readable YAML in the order given."""
     text: str = yaml.safe_dump(plain(value), sort_keys=False, allow_unicode=True, width=100)
     return text.encode()
+
+
+def lock_hash(provenance: Provenance) -> str:
+    """SHA-256 of the lock file: of all input hashes, versions and the seed."""
+    return hashlib.sha256(dump_json(provenance.to_lock())).hexdigest()
 
 
 def write_records(

@@ -84,6 +84,14 @@ class ShardWriter:
         gone = {n for w in list(self._writers.values()) for n in w.tensor_hashes}
         return [n for n in self._infos if n not in gone]
 
+    def seal(self, key: str, value: str) -> None:
+        """Fill in a reserved entry of every file's metadata, before :meth:`close`."""
+        for shard in self.shards:
+            with self._lock:
+                if shard.filename not in self._writers:
+                    self._writers[shard.filename] = self._open(shard)
+            self._writers[shard.filename].seal(key, value)
+
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype under which a tensor is written."""
         return self._infos[name]

@@ -182,6 +182,15 @@ class SafetensorsWriter:
             file=self.path,
         )
 
+    def seal(self, key: str, value: str) -> None:
+        """Fill in an entry of the metadata that was reserved with as many characters; it is written by :meth:`close`.
+
+        Only with ``hashes_in_header``: otherwise the header is final from the start.
+        """
+        if not self._hashes_in_header or len(self._metadata.get(key, "")) != len(value):
+            raise ValueError(f"metadata {key} was not reserved in {self.path.name}")
+        self._metadata[key] = value
+
     def mark(self, name: str, digest: str) -> None:
         """A tensor is written (by this process or another), and its bytes have this hash."""
         with self._lock:

@@ -61,28 +61,51 @@ def write_adapter_folder(
     inputs: Sequence[Path] = (),
 ) -> WrittenModel:
     """Write the folder. Raises SideStepError when only the card failed (``strict``: RefusedError, nothing written)."""
-    failed: str | None = None
     with OutputFolder(out, overwrite=overwrite, inputs=inputs, expected_bytes=files.bytes + ROOM) as folder:
-        writer = save_file(folder.path / files.weights, files.tensors)
-        for name, content in files.others.items():
-            write_file(folder.path / name, content)
-        try:
-            card = model_card(
-                provenance, title=out.name, base_models=[files.base_model] if files.base_model else [],
-                relation="adapter", library=files.hub_library, tags=files.tags, text=card_text,
-            )
-            write_file(folder.path / "README.md", card.encode())
-        except (OSError, ValueError, TypeError, RefusedError) as error:
-            failed = f"README.md: {error}"
-            if strict:
-                raise RefusedError("the card failed and --strict was given", values={"reason": failed}) from error
-        journal = [
-            TensorRecord(
-                n, files.weights, writer.tensor_hashes[n], files.tensors[n].numel() * files.tensors[n].element_size()
-            )
-            for n in writer.order
-        ]
-        write_records(folder.path, provenance, journal=journal, summary=summary, known={files.weights: writer.sha256})
+        written, failed = fill_adapter_folder(
+            folder.path, out, files, provenance, strict=strict, summary=summary, card_text=card_text
+        )
+    raise_side_step(failed, out)
+    return written
+
+
+def fill_adapter_folder(
+    folder: Path,
+    out: Path,
+    files: AdapterFiles,
+    provenance: Provenance,
+    *,
+    strict: bool = False,
+    summary: Mapping[str, object] | None = None,
+    card_text: str | None = None,
+) -> tuple[WrittenModel, str | None]:
+    """Everything of an adapter that will stand at ``out`` into ``folder``; also says which side step failed, if one
+    did, for :func:`raise_side_step` once the folder is in place."""
+    failed: str | None = None
+    writer = save_file(folder / files.weights, files.tensors)
+    for name, content in files.others.items():
+        write_file(folder / name, content)
+    try:
+        card = model_card(
+            provenance, title=out.name, base_models=[files.base_model] if files.base_model else [],
+            relation="adapter", library=files.hub_library, tags=files.tags, text=card_text,
+        )
+        write_file(folder / "README.md", card.encode())
+    except (OSError, ValueError, TypeError, RefusedError) as error:
+        failed = f"README.md: {error}"
+        if strict:
+            raise RefusedError("the card failed and --strict was given", values={"reason": failed}) from error
+    journal = [
+        TensorRecord(
+            n, files.weights, writer.tensor_hashes[n], files.tensors[n].numel() * files.tensors[n].element_size()
+        )
+        for n in writer.order
+    ]
+    write_records(folder, provenance, journal=journal, summary=summary, known={files.weights: writer.sha256})
+    return WrittenModel(out, (files.weights,), len(journal), files.bytes, files.notes), failed
+
+
+def raise_side_step(failed: str | None, out: Path) -> None:
+    """Raises SideStepError (exit 6) where a side step failed and the output is in place."""
     if failed is not None:
         raise SideStepError("the weights are written, but a side step failed", values={"failed": failed}, file=out)
-    return WrittenModel(out, (files.weights,), len(journal), files.bytes, files.notes)

@@ -21,12 +21,11 @@ from devec.core.vectors import TaskVector
 from devec.io.adapters.adapter_folder import ROOM, AdapterFiles, FolderOptions, write_adapter_folder
 from devec.io.folder import output_file
 from devec.io.model_folder import WrittenModel
-from devec.io.records import dump_yaml
+from devec.io.records import LOCK_KEY, RECIPE_KEY, dump_yaml, lock_hash
 from devec.io.rounding import cast
 from devec.io.writer import SafetensorsWriter
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
-_RECIPE_KEY = "devec.recipe"
 _REMEDY = "Give a rank (--rank R or --energy E), or --base to write a checkpoint."
 
 
@@ -109,14 +108,15 @@ def write_diffusers(
 ) -> WrittenModel:
     """Write ``vector`` as a folder (weights, card, ``.devec/``), or as one file if ``out`` ends in ``.safetensors``.
 
-    One file carries the recipe and the tensor hashes in its metadata. See :func:`to_diffusers` for what is refused.
+    One file carries recipe, tensor hashes and the lock's hash in its metadata. See :func:`to_diffusers` for what is
+    refused.
     """
     out = Path(out)
     tensors, notes = to_diffusers(vector, dtype)
     files = AdapterFiles(WEIGHTS, tensors, "diffusers", base_model=vector.origin.base_name, notes=notes)
     if out.suffix != ".safetensors":
         return write_adapter_folder(out, files, provenance, **options)
-    header = {_RECIPE_KEY: dump_yaml(provenance.to_recipe()).decode()}
+    header = {RECIPE_KEY: dump_yaml(provenance.to_recipe()).decode(), LOCK_KEY: lock_hash(provenance)}
     overwrite, inputs = options.get("overwrite", False), options.get("inputs", ())
     with output_file(out, overwrite=overwrite, inputs=inputs, expected_bytes=files.bytes + ROOM) as partial:
         entries = [(n, TensorInfo(tuple(t.shape), t.dtype)) for n, t in tensors.items()]

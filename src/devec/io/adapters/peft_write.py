@@ -247,10 +247,22 @@ def write_peft(
     **options: Unpack[FolderOptions],
 ) -> WrittenModel:
     """Write ``vector`` as an adapter folder: weights, configuration, card, and ``.devec/``. See :func:`to_peft`."""
+    files = peft_files(vector, heads=heads, dtype=dtype, base_model=base_model, embeddings=embeddings)
+    return write_adapter_folder(Path(out), files, provenance, **options)
+
+
+def peft_files(
+    vector: TaskVector,
+    *,
+    heads: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+    base_model: str | None = None,
+    embeddings: Collection[str] | None = None,
+) -> AdapterFiles:
+    """What the folder holds: see :func:`to_peft`."""
     adapter = to_peft(vector, heads=heads, dtype=dtype, base_model=base_model, embeddings=embeddings)
     base = adapter.config["base_model_name_or_path"]
-    files = AdapterFiles(
+    return AdapterFiles(
         WEIGHTS, adapter.tensors, "peft", base_model=str(base) if base else None,
         others={CONFIG: dump_json(adapter.config)}, notes=adapter.notes,
     )
-    return write_adapter_folder(Path(out), files, provenance, **options)
