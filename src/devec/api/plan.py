@@ -7,8 +7,9 @@ from math import prod
 from pathlib import Path
 
 from devec.api.edit import Edited
-from devec.api.factor import checkpoints_of_pool, plan_needs, tensor_names
+from devec.api.factor import checkpoints_of_pool, tensor_names
 from devec.api.jobs import checkpoints_of, working_bytes
+from devec.api.needs import Need, plan_needs
 from devec.api.records import source_paths
 from devec.api.run import Engine
 from devec.core.contracts import TensorSource
@@ -58,13 +59,15 @@ def plan_decompose(pool: Pool, factoring: Factoring, engine: Engine, rates: Rate
     """
     rates = rates or Rates.measured()
     names = tensor_names(pool, factoring)
-    needs, workers, _ = plan_needs(pool, factoring, names, engine)
+    planned = plan_needs(pool, factoring, names, engine)
+    needs, workers = planned.of, planned.workers
     sources = checkpoints_of_pool(pool)
     bases = {id(v.origin.base) for v in pool}
     read = _adapter_bytes(list(pool))
     for c in sources:
-        # one vector after the other: each vector twice, and the base with every one of them
-        again = {n: 1 if needs[n].whole else (len(pool) + 1 if id(c) in bases else 2) for n in names}
+        # one vector after the other, each so many times, and the base with every one of them
+        vectors = len(pool) if id(c) in bases else 1
+        again = {n: 1 if needs[n].whole else 1 + vectors * _passes(needs[n]) for n in names}
         read += sum(again[n] * nbytes(c.info(n)) for n in names if n in c)
     single = double = elements = written = pairs = 0
     k = len(pool)
@@ -87,6 +90,11 @@ def plan_decompose(pool: Pool, factoring: Factoring, engine: Engine, rates: Rate
     spent = pairs / rates.flops64
     overlap = Stage("overlaps", len(names), written, written, pairs, peak(1, [0]), wall(spent, 1, 0, written))
     return [factor, overlap]
+
+
+def _passes(need: Need) -> int:
+    """How often the file of a dense delta is read for its factors: twice a step where it is not in memory."""
+    return 1 if need.held else 2 * ITERATIONS + 2
 
 
 def _rank(factoring: Factoring, rows: int, cols: int) -> int:

@@ -61,10 +61,12 @@ def fit_workers(asked: int | None, budget: int | None, needs: Sequence[int], kep
     return workers, budget - now - workers * ARENA
 
 
-def refusal(budget: int, needed: int) -> RefusedError:
-    """The error for a budget that is too small, with the smallest that would do."""
+def refusal(budget: int, needed: int, tensor: str | None = None, because: str | None = None) -> RefusedError:
+    """The error for a budget that is too small, with the smallest that would do; ``because`` says what was found only
+    while ``tensor`` was computed."""
     least = -(-needed // STEP)
     return RefusedError(
-        "the work does not fit into --max-memory", values={"given": f"{budget:,} bytes", "needed": f"{least} MiB"},
+        "the work does not fit into --max-memory" + (f": {because}" if because else ""), tensor=tensor,
+        values={"given": f"{budget:,} bytes", "needed": f"{least} MiB"},
         remedy=f"Give --max-memory {least}MiB or more.",
     )
