@@ -23,7 +23,7 @@ from torch import Tensor
 from devec.linalg import iteration
 from devec.linalg.numerics import CORE, RANK_RTOL, binary_scale, compute_dtype, peak
 from devec.linalg.rank import RankRule, select_rank
-from devec.linalg.rows import LARGE, ByRows
+from devec.linalg.rows import ByRows, is_large
 
 CANCELLED = 8
 """Units of rounding, times ``sum_i |b_i||a_i|``, below which a singular value of ``B A`` is what cancellation left
@@ -256,7 +256,7 @@ def svd_of_dense(
     rule = RankRule.parse(rule)
     n, m = W.shape
     dtype = compute_dtype(W.dtype)
-    if isinstance(W, Tensor) and n * m > LARGE and dtype == torch.float32 and W.device.type == "cpu":
+    if isinstance(W, Tensor) and is_large(n, m) and dtype == torch.float32 and W.device.type == "cpu":
         W = ByRows.of(W)
     if isinstance(W, ByRows):
         top, norm = W.measure()

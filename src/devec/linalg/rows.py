@@ -38,6 +38,11 @@ WIDENED = 1 << 20
 """Entries of a block that are in float64 at one time."""
 
 
+def is_large(n: int, m: int) -> bool:
+    """Whether an ``n x m`` matrix in float32 is factored by blocks of rows."""
+    return n * m > LARGE
+
+
 def block_of(columns: int) -> int:
     """Rows of a file with so many columns that make one block."""
     return UNITS * max(UNIT // max(columns, 1), 1)

@@ -30,14 +30,14 @@ def first_directions(shape: tuple[int, int], factoring: Factoring) -> int:
     """
     n, m = shape
     most = most_directions(shape, factoring)
-    if n * m <= rows.LARGE or RankRule.parse(factoring.rank).kind in ("fixed", "none", "nuclear"):
+    if not rows.is_large(n, m) or RankRule.parse(factoring.rank).kind in ("fixed", "none", "nuclear"):
         return most
     return min(most, iteration.largest_block(n, m))
 
 
 def can_stay_in_file(shape: tuple[int, int], factoring: Factoring) -> bool:
     """Whether a matrix of this shape can be factored without being in memory."""
-    return factoring.dtype == "float32" and shape[0] * shape[1] > rows.LARGE
+    return factoring.dtype == "float32" and rows.is_large(*shape)
 
 
 def working_bytes(
@@ -60,7 +60,7 @@ def working_bytes(
     kept = (vectors - 1) * size * r * (n if factoring.side == "left" else n + m)
     if size == 8:  # a copy, both sides' vectors, LAPACK's workspace; and what is kept, in rows
         return matrix + kept + 8 * (3 * n * m + 3 * short * short + (n + m) * r)
-    if n * m > rows.LARGE:
+    if rows.is_large(n, m):
         blocks = rows.buffers(*((m, n) if transposed else (n, m)))
     else:
         blocks = 8 * GRAM_COLUMNS * short
