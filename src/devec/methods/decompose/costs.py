@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from devec.core.lazy import BLOCK
 from devec.core.options import Factoring
 from devec.linalg import iteration, rows
 from devec.linalg.rank import RankRule
@@ -46,25 +47,29 @@ def working_bytes(
 ) -> int:  # fmt: skip
     """Bytes that factoring one tensor of ``vectors`` dense deltas takes at most, one delta after the other.
 
-    The delta itself if it is ``held``; blocks of it; bases of the vectors before it; and the largest of three steps
+    The delta itself if it is ``held``; blocks of it; bases of the vectors before it; and the largest of four steps
     that follow one another, as each lets go of what the last one held: panels of the iteration (two of each side); the
     Gram matrix of the short side with its eigenvectors and LAPACK's workspace; the long side's basis and the panel that
-    it is made from, for ``directions`` (by default :func:`first_directions`). ``transposed``: the file holds the
-    transpose.
+    it is made from, for ``directions`` (by default :func:`first_directions`); a block of every delta in float64, for
+    their inner products. ``transposed``: the file holds the transpose.
     """
     n, m = shape
     short, long = min(n, m), max(n, m)
     r = first_directions(shape, factoring) if directions is None else min(directions, short)
     size = 8 if factoring.dtype == "float64" else 4
     matrix = size * n * m if held else 0
-    kept = (vectors - 1) * size * r * (n if factoring.side == "left" else n + m)
+    basis = size * r * (n if factoring.side == "left" else n + m)
+    kept = (vectors - 1) * basis
+    filed = (m, n) if transposed else (n, m)
+    read = min(max(BLOCK, filed[1]), n * m)
+    inner = basis + (8 * vectors + 24) * read
     if size == 8:  # a copy, both sides' vectors, LAPACK's workspace; and what is kept, in rows
-        return matrix + kept + 8 * (3 * n * m + 3 * short * short + (n + m) * r)
+        return matrix + kept + max(8 * (3 * n * m + 3 * short * short + (n + m) * r), inner)
     if rows.is_large(n, m):
-        blocks = rows.buffers(*((m, n) if transposed else (n, m)))
+        blocks = rows.buffers(*filed)
     else:
         blocks = 8 * GRAM_COLUMNS * short
-    steps = [32 * short * short, 8 * short * short + 4 * r * (2 * long + 2 * short)]
+    steps = [inner, 32 * short * short, 8 * short * short + 4 * r * (2 * long + 2 * short)]
     rule = RankRule.parse(factoring.rank)
     if not factoring.exact and not rule.needs_all and short >= iteration.SMALL:
         limit = iteration.largest_block(n, m)
