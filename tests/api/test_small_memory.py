@@ -88,7 +88,7 @@ def test_nothing_is_held_in_the_least_memory_and_everything_where_there_is_room(
     pool, _ = load_pool(
         [str(models / f"{n}.safetensors") for n in "ab"], base=str(models / "base.safetensors"), dtype=torch.float32
     )
-    needs = plan_needs(pool, Factoring(), list(SHAPES), Engine(workers=1, memory=NOW + (60 << 20)))
+    needs = plan_needs(pool, Factoring(), list(SHAPES), Engine(workers=1, memory=NOW + (200 << 20)))
     assert {(need.whole, need.held) for need in needs.of.values()} == {(True, True)}
     least = min(NOW + (extra << 18) for extra in range(400) if fits(pool, NOW + (extra << 18)))
     needs = plan_needs(pool, Factoring(), list(SHAPES), Engine(workers=1, memory=least))
