@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from devec.engine import stream as engine
-from devec.engine.stream import Check, Unit, stream
+from devec.engine.stream import Check, MoreMemory, Unit, stream
 
 pytestmark = pytest.mark.timeout(120)  # a wait that never ends is an error
 
@@ -303,3 +303,46 @@ def test_of_several_errors_the_first_in_order_is_raised(workers: int) -> None:
 
     with pytest.raises(ValueError, match=r"^0$"):
         list(stream(work, [Unit(i) for i in range(6)], workers=workers))
+
+
+# --- units that find out what they need ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_a_unit_that_needs_more_is_begun_again_with_that(workers: int) -> None:
+    """Some need three times what they said, one more than there is (alone it may). Never more in use than there is."""
+    lock, given, in_use, most = threading.Lock(), dict.fromkeys(range(20), 10), [0], [0]
+
+    def work(key: int, check: Check) -> int:
+        with lock:
+            mine = given[key]
+            in_use[0] += mine
+            most[0] = max(most[0], in_use[0] if mine <= 60 else 0)
+        try:
+            time.sleep(0.001)
+            wanted = 100 if key == 7 else 30 if key % 3 == 0 else 10
+            if mine < wanted:
+                with lock:
+                    given[key] = wanted
+                raise MoreMemory(wanted)
+            if mine > 60:
+                assert in_use[0] == mine, "it is alone"
+            return mine
+        finally:
+            with lock:
+                in_use[0] -= mine
+
+    found = dict(stream(work, units(20, memory=10), workers=workers, memory=60))
+    assert found == {i: 100 if i == 7 else 30 if i % 3 == 0 else 10 for i in range(20)} and most[0] <= 60
+
+
+def test_a_unit_that_needs_more_comes_before_those_not_begun() -> None:
+    begun: list[int] = []
+
+    def work(key: int, check: Check) -> None:
+        begun.append(key)
+        if key == 1 and begun.count(1) == 1:
+            raise MoreMemory(5)
+
+    list(stream(work, units(4, memory=1), workers=1, memory=5))
+    assert begun == [0, 1, 1, 2, 3]

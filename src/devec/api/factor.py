@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from devec.api.budget import factors_kept
 from devec.api.gpu import factored_in_batches
 from devec.api.jobs import Job, checkpoints_of, kept_of
+from devec.api.needs import as_stored, factor_tensor, plan_needs
 from devec.api.parts import as_part, into_parts
 from devec.api.run import Engine, cluster, portable, stretch
-from devec.core.block import Block
-from devec.core.delta import LowRankDelta
 from devec.core.errors import IncompatibleError
 from devec.core.options import Factoring
 from devec.core.results import LazyFactors, TensorFactors
 from devec.core.vectors import Pool
-from devec.engine.memory import available, fit_workers
 from devec.engine.stream import Check, Unit, stream
 from devec.engine.threads import Progress, silent
 from devec.io.checkpoint import Checkpoint
 from devec.io.folder import OutputFolder, Run
 from devec.io.journal import Finished
 from devec.io.parts import members_in, read_part
-from devec.methods.decompose.shared_unique import shared_unique, working_bytes
 
 
 def tensor_names(pool: Pool, factoring: Factoring) -> list[str]:
@@ -39,61 +35,6 @@ def tensor_names(pool: Pool, factoring: Factoring) -> list[str]:
             remedy="1-D parameters are decomposed with --one-d only; check --include and --exclude.",
         )
     return names
-
-
-def factor_tensor(block: Block, factoring: Factoring) -> TensorFactors:
-    """Eq. (6) for every vector of one tensor."""
-    return as_stored(shared_unique(block, factoring))
-
-
-def as_stored(factors: TensorFactors) -> TensorFactors:
-    """As a file holds them, strides and all: parts read from disk are then the same to the last bit."""
-    rows = {i: replace(s, U=_row_major(s.U), V=_row_major(s.V)) for i, s in factors.svd.items()}
-    return replace(factors, svd=rows)
-
-
-def _row_major(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves one column its odd strides
-
-
-@dataclass(frozen=True)
-class Need:
-    """How one tensor is factored: ``memory`` bytes at most, and whether all its deltas are in memory at once.
-
-    Read once and kept, or one after the other and read again for their inner products: the same numbers come out.
-    """
-
-    memory: int
-    whole: bool
-
-
-def need_of(pool: Pool, factoring: Factoring, name: str, room: int) -> Need:
-    """What a tensor needs when there is ``room`` for it: everything at once if that fits."""
-    block = pool.block(name)
-    present = [d for d in block.deltas if d is not None]
-    n, m = block.layout.matrix_shape
-    size = 8 if factoring.dtype == "float64" else 4
-    thin = sum((d.B.numel() + d.A.numel()) * 6 * size for d in present if isinstance(d, LowRankDelta))
-    dense = sum(not isinstance(d, LowRankDelta) for d in present)
-    if not dense:
-        return Need(thin, True)
-    alone = working_bytes((n, m), factoring) + thin
-    together = alone + (dense - 1) * n * m * size
-    return Need(together, True) if together <= room else Need(alone, False)
-
-
-def plan_needs(
-    pool: Pool, factoring: Factoring, names: Sequence[str], engine: Engine, kept: int = 0
-) -> tuple[dict[str, Need], int, int]:
-    """Each tensor's need, the workers, and the bytes for all of them, within ``--max-memory`` (or what is free), beside
-    ``kept`` bytes of results."""
-    alone = {n: need_of(pool, factoring, n, 0) for n in names}
-    budget = engine.memory
-    workers, room = fit_workers(engine.workers, budget, [need.memory for need in alone.values()], kept)
-    if room is None:
-        room = available()
-    share = room // max(workers, 1)
-    return {n: need_of(pool, factoring, n, share) for n in names}, workers, room
 
 
 def factor_all(
@@ -116,16 +57,15 @@ def _factored(
             yield found.name, as_stored(found)
         return
     kept = factors_kept(pool, factoring, names) if engine.memory is not None else 0
-    needs, workers, room = plan_needs(pool, factoring, names, engine, kept)
+    needs = plan_needs(pool, factoring, names, engine, kept)
     sources = checkpoints_of_pool(pool)
 
     def work(name: str, check: Check) -> TensorFactors:
         check()
-        block = pool.block(name)
-        return factor_tensor(block.whole() if needs[name].whole else block, factoring)
+        return needs.factors(name)
 
-    units = [Unit(n, needs[n].memory, _ahead(sources, n)) for n in names]
-    yield from stream(work, units, workers=workers, memory=room)
+    units = [Unit(n, needs.of[n].memory, _ahead(sources, n)) for n in names]
+    yield from stream(work, units, workers=needs.workers, memory=needs.room)
 
 
 def checkpoints_of_pool(pool: Pool) -> list[Checkpoint]:
@@ -183,17 +123,16 @@ class Factored:
             for found in factored_in_batches(pool, names, factoring, self.device, workers=workers):
                 yield as_part(place[found.name], as_stored(found), sources)
             return
-        needs, workers, room = plan_needs(self.pool, self.factoring, names, self.engine)
+        needs = plan_needs(self.pool, self.factoring, names, self.engine)
 
         def work(name: str, check: Check) -> Finished:
             check()
-            block = self.pool.block(name)
-            factors = factor_tensor(block.whole() if needs[name].whole else block, self.factoring)
+            factors = needs.factors(name)
             check()
             return as_part(place[name], factors, sources)
 
-        units = [Unit(n, needs[n].memory, _ahead(sources, n)) for n in names]
-        for _, record in stream(work, units, workers=workers, memory=room):
+        units = [Unit(n, needs.of[n].memory, _ahead(sources, n)) for n in names]
+        for _, record in stream(work, units, workers=needs.workers, memory=needs.room):
             yield record
 
 

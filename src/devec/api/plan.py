@@ -16,8 +16,9 @@ import torch
 
 from devec.api.budget import RankOf, factors_kept, likely, ranks
 from devec.api.edit import Edited
-from devec.api.factor import Need, checkpoints_of_pool, plan_needs, tensor_names
+from devec.api.factor import checkpoints_of_pool, tensor_names
 from devec.api.jobs import sources_of, working_bytes
+from devec.api.needs import Need, plan_needs
 from devec.api.records import source_paths
 from devec.api.run import Engine
 from devec.core.contracts import TensorSource
@@ -108,7 +109,8 @@ def plan_decompose(
     rates, dense, size = rates or Rates.measured(), dense or likely(factoring), 8 if factoring.dtype == "float64" else 4
     names = tensor_names(pool, factoring)
     kept = 0 if stored else factors_kept(pool, factoring, names, dense)
-    needs, workers, _ = plan_needs(pool, factoring, names, engine, kept)
+    planned = plan_needs(pool, factoring, names, engine, kept)
+    needs, workers = planned.of, planned.workers
     read = file_bytes(list(pool))
     single = double = elements = written = pairs = 0
     target = None if factoring.target is None else pool.names.index(factoring.target)
@@ -161,9 +163,10 @@ def _dense_sizes(pool: Pool) -> tuple[dict[int, Sizes], Sizes]:
 
 def _read(name: str, need: Need, elements: int, own: Mapping[int, Sizes], bases: Sizes, k: int) -> int:
     """Bytes read of the models behind one tensor. Each vector is read once and kept, or once more for its inner
-    products; the base with every one of them, but for the last block, which a thread keeps."""
-    again = 1 if need.whole else 2
-    times = (k + again - 1) if elements > BLOCK else 1
+    products, or anew for every product; the base with every one of them, but for the last block, which a thread keeps."""
+    passes = 1 if need.held else 2 * ITERATIONS + 2
+    again = passes if need.whole else 1 + passes
+    times = k * passes + (not need.whole) if elements > BLOCK else 1
 
     def stored(sizes: Sizes) -> int:
         found = sizes.of(name) or sizes.of(fused_name(name))  # a part of a fused tensor is so many of its rows

@@ -260,12 +260,15 @@ def engine_of(values: dict[str, Any]) -> Any:
     """The ``Engine`` of a command's options."""
     from devec.api.run import Engine
     from devec.core.errors import UsageError
+    from devec.engine.memory import give_back
 
     if values.get("executor") == "ray" and values.get("shard_of"):
         raise UsageError("--executor ray and --shard-of are two ways to the same end", remedy="Give one of them.")
     if values.get("address") and values.get("executor") != "ray":
         raise UsageError("--address is of --executor ray", remedy="Give both, or neither.")
     words = tuple(click.get_current_context().find_root().meta.get("devec.words", ()))
+    if values.get("max_memory"):
+        give_back()
     return Engine(
         workers=values.get("workers"), memory=values.get("max_memory"), executor=values.get("executor") or "threads",
         address=values.get("address"), resume=bool(values.get("resume")), shard=values.get("shard_of"),

@@ -40,12 +40,13 @@ def _by_rows(deltas: Mapping[int, Delta], pairs: Sequence[Pair], transposed: boo
     filed = {i: in_file(deltas[i], transposed) for i in sorted({i for pair in pairs for i in pair})}
     if not filed:
         return {}
-    sums: dict[Pair, list[Tensor]] = {pair: [] for pair in pairs}
+    # Numbers and not tensors: a small tensor that stays between two blocks keeps their memory from being used again.
+    sums: dict[Pair, list[float]] = {pair: [] for pair in pairs}
     for start, stop in row_blocks(next(iter(filed.values())).shape):
         rows = {i: delta.rows(start, stop).dense().reshape(-1).to(CORE) for i, delta in filed.items()}
         for i, j in pairs:
-            sums[i, j].append(torch.dot(rows[i], rows[j]))
-    return {pair: float(torch.stack(parts).sum()) if parts else 0.0 for pair, parts in sums.items()}
+            sums[i, j].append(float(torch.dot(rows[i], rows[j])))
+    return {pair: float(torch.tensor(parts, dtype=CORE).sum()) for pair, parts in sums.items()}
 
 
 def _factors(delta: Delta) -> tuple[Tensor, Tensor]:

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from devec.core.delta import Delta, DenseDelta, LowRankDelta, same_shape
+from devec.linalg.rows import UNIT, ByRows
 
-BLOCK = 1 << 18
+BLOCK = UNIT
 """Elements in a block of rows. A constant, because a product of factors may round otherwise in blocks of another size.
-In float32 half a megabyte: a sum of several models stays in the processor's cache, and the allocator hands out the same
-memory again instead of asking the system for it (at 1 MB and more a sum of four bf16 models took 2.7 times as long)."""
+In float32 a megabyte: a sum of several models stays in the processor's cache and Python costs little beside it. The
+command tells the allocator to hand out the same memory again (``cli.process``); where it does not, blocks of this size
+cost a page fault for every 4 KiB."""
 
 
 def block_rows(shape: tuple[int, ...]) -> int:
@@ -69,6 +71,21 @@ class LazyDelta(Delta):
         for start, stop in row_blocks(filed):
             out[start:stop] = self._read(start, stop)
         return out.T if self.transposed else out
+
+    def by_rows(self) -> ByRows:
+        """The matrix as an operator that reads the file anew for every product; it must be float32 or narrower."""
+        step, columns = block_rows(self._filed), self._filed[1]
+
+        def read(start: int, stop: int) -> Tensor:
+            if stop - start <= step:
+                return self._read(start, stop)
+            out = torch.empty(stop - start, columns, dtype=self._dtype)
+            for a in range(start, stop, step):  # in the blocks of dense(), which decide how rows are rounded
+                b = min(a + step, stop)
+                out[a - start : b - start] = self._read(a, b)
+            return out
+
+        return ByRows(self._shape, read, self.transposed)
 
     def whole(self) -> DenseDelta:
         """The matrix, made once, so that several looks at it read nothing again."""

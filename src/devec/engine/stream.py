@@ -5,6 +5,7 @@ What answers which requirement:
 * units are begun in the order given, which is the order of the files, so the disk reads forward;
 * a unit begins when the memory that it says it needs is free beside what is running (one alone always may);
 * while units compute, the system is asked to read the next ones (``READ_AHEAD`` bytes) into its cache;
+* a unit that finds that it needs more (``MoreMemory``) is begun again, before any other, when that much is free;
 * results come back in the order in which they are finished, and each unit sees only its own inputs and one BLAS
   thread, so the number of workers changes no byte of them;
 * an error stops the others at their next ``check()`` and is raised: of several the first in order, if the units
@@ -18,7 +19,7 @@ import os
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Condition, Event, Thread
 from typing import Generic, TypeVar
 
@@ -46,6 +47,14 @@ class Unit(Generic[K]):
 
 class Stopped(Exception):
     """Raised by ``check()`` in a worker whose run was stopped."""
+
+
+class MoreMemory(Exception):
+    """Raised by a unit that cannot go on with what it said it needs: it is begun again with ``memory`` bytes."""
+
+    def __init__(self, memory: int) -> None:
+        self.memory = memory
+        super().__init__(f"{memory:,} bytes are needed")
 
 
 Check = Callable[[], None]
@@ -76,7 +85,8 @@ class _Pool(Generic[K, R]):
     def __init__(
         self, function: Callable[[K, Check], R], units: Sequence[Unit[K]], workers: int, memory: int | None
     ) -> None:
-        self._function, self._units, self._memory = function, units, memory
+        self._function, self._units, self._memory = function, list(units), memory
+        self._again: list[int] = []  # units that are to be begun again, with more memory
         self._next = self._used = self._running = 0
         self._changed = Condition()
         self._stop = Event()
@@ -125,10 +135,14 @@ class _Pool(Generic[K, R]):
     def _take(self) -> tuple[int, Unit[K]] | None:
         """The next unit, once there is room for it; ``None`` when there is none or the run is stopped."""
         with self._changed:
-            while not self._stop.is_set() and not self._halted and self._next < len(self._units):
-                index, unit = self._next, self._units[self._next]
+            while not self._stop.is_set() and not self._halted and (self._again or self._next < len(self._units)):
+                index = min(self._again, default=self._next)
+                unit = self._units[index]
                 if self._running == 0 or self._memory is None or self._used + unit.memory <= self._memory:
-                    self._next += 1
+                    if index in self._again:
+                        self._again.remove(index)
+                    else:
+                        self._next += 1
                     self._running += 1
                     self._used += unit.memory
                     self._open.add(index)
@@ -144,6 +158,10 @@ class _Pool(Generic[K, R]):
                 self._done.put((index, (unit.key, self._function(unit.key, self._check))))
             except Stopped:
                 return
+            except MoreMemory as more:
+                with self._changed:
+                    self._units[index] = replace(unit, memory=more.memory)
+                    self._again.append(index)
             except BaseException as error:
                 self._done.put((index, error))
                 return

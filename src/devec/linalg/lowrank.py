@@ -5,6 +5,8 @@
   below ``min(n, m) / 16``; past that, an eigendecomposition of the short side's Gram matrix in float64 (faster than
   a float32 SVD, and accurate to 1e-4 degrees where a float32 Gram matrix loses small directions).
 * dense, float64: a plain SVD, because who asks for float64 wants its digits.
+* dense, float32, more than ``rows.LARGE`` entries: the same two ways with products summed over blocks of rows
+  (:class:`~devec.linalg.rows.ByRows`), so that the matrix may stay in its file.
 
 Never larger than ``max(min(n, m), sum of ranks)`` squared, never an ``n x n`` projector.
 """
@@ -21,6 +23,7 @@ from torch import Tensor
 from devec.linalg import iteration
 from devec.linalg.numerics import CORE, RANK_RTOL, binary_scale, compute_dtype, peak
 from devec.linalg.rank import RankRule, select_rank
+from devec.linalg.rows import ByRows, is_large
 
 CANCELLED = 8
 """Units of rounding, times ``sum_i |b_i||a_i|``, below which a singular value of ``B A`` is what cancellation left
@@ -60,6 +63,24 @@ class ThinSVD:
 
     def transpose(self) -> ThinSVD:
         return ThinSVD(self.V, self.S, self.U, self.total)
+
+    def row_major(self) -> ThinSVD:
+        """The same factors as a file holds them, strides and all, and nothing else in memory behind them."""
+        return ThinSVD(_row_major(self.U), self.S, _row_major(self.V), self.total)
+
+
+def _row_major(x: Tensor) -> Tensor:
+    if x.stride() == (x.shape[1], 1) and x.untyped_storage().nbytes() == x.numel() * x.element_size():
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves one column its odd strides
+
+
+class TooManyDirections(Exception):
+    """The rank rule keeps ``rank`` directions, more than there is memory for (``most``)."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        super().__init__(f"{rank} directions are kept")
 
 
 def frobenius(x: Tensor) -> float:
@@ -215,36 +236,60 @@ def svd_of_sum(terms: Sequence[tuple[Tensor, Tensor]], rule: RankRule | str | in
 
 
 def svd_of_dense(
-    W: Tensor,
+    W: Tensor | ByRows,
     rule: RankRule | str | int = "none",
     *,
     side_length: int | None = None,
     exact: bool = False,
     key: object = 0,
+    most: int | None = None,
 ) -> ThinSVD:
     """Thin SVD of a dense ``n x m`` matrix, cut by a rank rule.
 
     ``key`` names the matrix (its tensor and vector): the start of the iteration is drawn from it, so the result
-    does not depend on the order of work. ``exact`` forces the Gram (float32) or SVD (float64) path.
+    does not depend on the order of work. ``exact`` forces the Gram (float32) or SVD (float64) path. A matrix with
+    more than ``rows.LARGE`` entries gives the same bytes as a tensor and as the ``ByRows`` of its file.
+
+    Raises NonFiniteError for NaN or infinity; TooManyDirections, before any basis of them is made, when the rule keeps
+    more than ``most``.
     """
     rule = RankRule.parse(rule)
     n, m = W.shape
+    dtype = compute_dtype(W.dtype)
+    if isinstance(W, Tensor) and is_large(n, m) and dtype == torch.float32 and W.device.type == "cpu":
+        W = ByRows.of(W)
+    if isinstance(W, ByRows):
+        top, norm = W.measure()
+        scale = working_scale(top)
+        if scale == 0.0:
+            return empty(n, m, torch.empty(0))
+        X, total = W.divided(scale), (norm / scale) ** 2
+        return _svd_of_scaled(X, total, rule, side_length or n, exact, key, most, scale)
     scale = working_scale(peak(W))
     if scale == 0.0:
         return empty(n, m, W)
-    dtype = compute_dtype(W.dtype)
-    X = W.to(dtype)
+    whole = W.to(dtype)
     if scale != 1.0:
-        X = X / scale
-    total = frobenius(X) ** 2
-    side = side_length or n
+        whole = whole / scale
+    return _svd_of_scaled(whole, frobenius(whole) ** 2, rule, side_length or n, exact, key, most, scale)
+
+
+def _svd_of_scaled(
+    X: Tensor | ByRows, total: float, rule: RankRule, side: int, exact: bool, key: object, most: int | None,
+    scale: float,
+) -> ThinSVD:  # fmt: skip
+    """The thin SVD of ``scale X``, where ``|X|_F^2 = total``."""
+    (n, m), dtype = X.shape, X.dtype
     out: tuple[Tensor, Tensor, Tensor] | None = None
     if iteration.iterates(rule, n, m, dtype, exact):
         out = _adaptive(X, total, rule, side, key)
     if out is None:
-        out = _by_svd(X) if dtype == torch.float64 else _by_gram(X)
-        r = select_rank(rule, out[1], total, n, m, RANK_RTOL[dtype], side)
-        out = (out[0][:, :r], out[1][:r], out[2][:, :r])
+        found = _by_svd(X) if isinstance(X, Tensor) and dtype == torch.float64 else _by_gram(X)
+        r = select_rank(rule, found[1], total, n, m, RANK_RTOL[dtype], side)
+        if most is not None and r > most:
+            raise TooManyDirections(r)
+        out = (found[0][:, :r], found[1][:r], found[2][:, :r])
+        del found
         if dtype == torch.float32:
             out = _orthonormal_long_side(X, *out)
     U, s, V = out
@@ -256,26 +301,27 @@ def _by_svd(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U, s, Vh.T
 
 
-def _by_gram(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _by_gram(X: Tensor | ByRows) -> tuple[Tensor, Tensor, Tensor]:
     """All singular values and the short side's vectors (in both places) from ``eigh`` of its Gram in float64.
 
     The long side costs a product per direction, so ``_orthonormal_long_side`` fills it in for the kept ones only.
     """
     tall = X.shape[0] >= X.shape[1]
-    G = gram(X.T if tall else X)
-    values, vectors = torch.linalg.eigh(G)
+    values, vectors = torch.linalg.eigh(X.gram() if isinstance(X, ByRows) else gram(X.T if tall else X))
     s = values.flip(0).clamp_min(0.0).sqrt()
     short = vectors.flip(1)
     return short, s, short
 
 
-def _orthonormal_long_side(X: Tensor, U: Tensor, s: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _orthonormal_long_side(
+    X: Tensor | ByRows, U: Tensor, s: Tensor, V: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Fill in the long side: ``X V / s``, made orthonormal by one QR whose signs are set back."""
     tall = X.shape[0] >= X.shape[1]
     short = (V if tall else U).to(X.dtype)
-    image = (X @ short if tall else X.T @ short) / s.to(X.dtype)
+    image = (X @ short if tall else X.T @ short).div_(s.to(X.dtype))
     Q, R = torch.linalg.qr(image)
-    Q = Q * torch.sign(torch.diagonal(R))
+    Q.mul_(torch.sign(torch.diagonal(R)))
     return (Q, s, short) if tall else (short, s, Q)
 
 
@@ -290,9 +336,12 @@ def gram(X: Tensor, block: int = 1024) -> Tensor:
 
 
 def _adaptive(
-    X: Tensor, total: float, rule: RankRule, side: int, key: object
+    X: Tensor | ByRows, total: float, rule: RankRule, side: int, key: object
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Subspace iteration with a growing block; ``None`` when the rank rule wants more than min(n, m)/16."""
+    """Subspace iteration with a growing block; ``None`` when the rank rule wants more than min(n, m)/16.
+
+    Two products with X a step. A panel goes as soon as the next product is made: no more than two of each side exist.
+    """
     n, m = X.shape
     block = iteration.first_block(rule, n, m)
     if block is None:
@@ -302,9 +351,11 @@ def _adaptive(
     def image_of_noise(columns: int) -> Tensor:
         return X @ iteration.noise(m, columns, gen).to(X.device)
 
-    Q = torch.linalg.qr(image_of_noise(iteration.width(block, n, m))).Q
+    image = image_of_noise(iteration.width(block, n, m))
     last: Tensor | None = None
     for _ in range(iteration.MAX_STEPS):
+        Q = torch.linalg.qr(image).Q
+        del image
         P, R = torch.linalg.qr(X.T @ Q)
         values = torch.linalg.svdvals(R.to(CORE)).cpu()
         more = 0
@@ -320,6 +371,7 @@ def _adaptive(
                     return None
                 block, more = wider, iteration.width(wider, n, m) - Q.shape[1]
         last = None if more else values
-        image = torch.cat([X @ P, image_of_noise(more)], dim=1) if more else X @ P
-        Q = torch.linalg.qr(image).Q
+        del Q
+        image = torch.cat([X @ P, image_of_noise(more)], dim=1) if more else X @ P  # noqa: F841 -- the next step takes it
+        del P
     return None

@@ -5,21 +5,27 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from devec.core.block import Block
 from devec.core.delta import Delta, LowRankDelta
 from devec.core.errors import InputError
 from devec.core.gram import inner_products
+from devec.core.lazy import LazyDelta
 from devec.core.options import Factoring
 from devec.core.results import TensorFactors
 from devec.linalg.lowrank import ThinSVD, svd_of_dense, svd_of_product
 from devec.linalg.numerics import NonFiniteError
 from devec.linalg.rank import RankRule
+from devec.linalg.rows import ByRows
+from devec.methods.decompose.costs import can_stay_in_file
 from devec.methods.registry import register
 
 
 @register("decompose", name="shared-unique", grain="matrix", source="arXiv:2512.22511, Eq. (6)-(14)", keeps_rank=True)
-def shared_unique(block: Block, factoring: Factoring | None = None) -> TensorFactors:
+def shared_unique(
+    block: Block, factoring: Factoring | None = None, *, held: bool = True, most: int | None = None
+) -> TensorFactors:
     """Factor every vector's delta of one tensor, once; shared and unique parts are then read from the factors.
 
     Math        Eq. (6)   W_i = U_i S_i V_i^T, thin, cut by a rank rule
@@ -38,12 +44,14 @@ def shared_unique(block: Block, factoring: Factoring | None = None) -> TensorFac
                 equivariant: W_i -> Q W_i with orthogonal Q rotates the parts by Q (exact paths);
                 order: defaults do not depend on the order of the vectors
     Numerics    factors in float32 (float64 on request), cores in float64; entries from 1e-25 to 1e25; one delta at a
-                time is whole in memory
+                time is whole in memory; with ``held`` False none of those in files that have more than
+                ``rows.LARGE`` entries, which gives the same bytes and reads them for every product
     Differs     the paper's U is square or full rank, which makes every P_i the identity for a dense fine-tune: here
                 the rank is decided (RankRule). Its eigenvectors of a non-symmetric product are replaced by principal
                 vectors. Its chain and its order-dependent basis are options; defaults are order-free. Thresholds
                 for k >= 3 are mapped so that tau means the same angle for every k.
-    Raises      InputError: NaN or infinity in a delta, naming vector and tensor
+    Raises      InputError: NaN or infinity in a delta, naming vector and tensor; TooManyDirections: a dense delta
+                keeps more than ``most``
     """
     factoring = factoring or Factoring()
     rule = RankRule.parse(factoring.rank)
@@ -57,32 +65,21 @@ def shared_unique(block: Block, factoring: Factoring | None = None) -> TensorFac
         delta = block.deltas[i]
         assert delta is not None
         try:
-            factors = factor(delta.to(dtype), rule, side_length, factoring, (block.name, block.vectors[i]))
+            key = (block.name, block.vectors[i])
+            factors = factor(delta.to(dtype), rule, side_length, factoring, key, held, most)
         except NonFiniteError as error:
             raise unusable(block, i, error) from None
         norms[i] = factors.total**0.5
         if isinstance(delta, LowRankDelta):
             low_rank.add(i)
         if factors.rank:
-            svd[i] = kept(factors, i in low_rank, factoring)
+            svd[i] = kept(factors, i in low_rank, factoring).row_major()
+        del factors  # what of it is not kept would lie beside the next vector's
     deltas = {i: delta.to(dtype) for i in block.present if (delta := block.deltas[i]) is not None}
     target = None if factoring.target is None else block.vectors.index(factoring.target)
     gram = {(i, i): norm * norm for i, norm in norms.items()}
     gram |= inner_products(deltas, target, transposed=block.layout.transposed)
     return TensorFactors(block.name, block.layout, svd, norms, dict(sorted(gram.items())), frozenset(low_rank))
-
-
-def working_bytes(shape: tuple[int, int], factoring: Factoring) -> int:
-    """Bytes that factoring one dense delta takes at most, the delta itself included: the matrix, for the exact path the
-    short side's Gram matrix with its eigenvectors and LAPACK's workspace, and the bases that are kept. For ``auto``
-    these are counted at a quarter of the short side; a tall matrix whose singular values nearly all stand out of the
-    noise keeps more, and takes more."""
-    n, m = shape
-    short, size = min(n, m), 8 if factoring.dtype == "float64" else 4
-    rule = RankRule.parse(factoring.rank)
-    rank = min({"auto": short // 4, "fixed": int(rule.value)}.get(rule.kind, short), short)
-    spectrum = (3 * n * m + 3 * short * short if size == 8 else 4 * short * short + 1024 * short) * 8
-    return n * m * size + spectrum + 3 * (n + m) * min(max(rank, 96), short) * size
 
 
 def kept(factors: ThinSVD, low_rank: bool, factoring: Factoring) -> ThinSVD:
@@ -100,10 +97,16 @@ def unusable(block: Block, i: int, error: NonFiniteError) -> InputError:
     )
 
 
-def factor(delta: Delta, rule: RankRule, side_length: int, factoring: Factoring, key: tuple[str, str]) -> ThinSVD:
+def factor(
+    delta: Delta, rule: RankRule, side_length: int, factoring: Factoring, key: tuple[object, ...], held: bool = True,
+    most: int | None = None,
+) -> ThinSVD:  # fmt: skip
     """Eq. (6) for one delta: QR-core SVD for factors, adaptive or exact for dense."""
     if isinstance(delta, LowRankDelta):
         return svd_of_product(delta.B, delta.A, rule, side_length)
-    return svd_of_dense(
-        delta.dense(), rule, side_length=side_length, exact=factoring.exact, key=(factoring.seed, *key)
-    )
+    if isinstance(delta, LazyDelta) and not held and can_stay_in_file(delta.shape, factoring):
+        W: Tensor | ByRows = delta.by_rows()
+    else:
+        W = delta.dense()
+    key = (factoring.seed, *key)
+    return svd_of_dense(W, rule, side_length=side_length, exact=factoring.exact, key=key, most=most)
