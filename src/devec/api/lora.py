@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from devec.api.extract import factored, lora_of, lora_rule
-from devec.api.factor import as_stored
 from devec.api.jobs import checkpoints_of
 from devec.api.merge import Compression
+from devec.api.needs import as_stored
 from devec.api.output import Saving, check_adapter_place, naming_the_output, save_vector
 from devec.api.parts import as_part, into_parts
 from devec.core.options import Factoring
@@ -27,7 +27,7 @@ from devec.io.folder import OutputFolder
 from devec.io.journal import Finished
 from devec.io.model_folder import WrittenModel
 from devec.io.parts import read_part
-from devec.methods.decompose.shared_unique import working_bytes
+from devec.methods.decompose.costs import working_bytes
 
 
 @dataclass(frozen=True)
@@ -94,5 +94,5 @@ def save_lora(vector: TaskVector, out: str | Path, saving: Saving, compression: 
 
 def lora_needs(vector: TaskVector, compression: Compression, names: Sequence[str]) -> list[int]:
     """Bytes that factoring each matrix takes, at most."""
-    factoring = Factoring(rank=str(compression.rank or "none"), exact=compression.rank is None)
+    factoring = Factoring(rank=str(compression.rank or "none"), side="both", exact=compression.rank is None)
     return [working_bytes(vector.layouts[n].matrix_shape, factoring) for n in names]

@@ -163,7 +163,7 @@ def _dense_sizes(pool: Pool) -> tuple[dict[int, Sizes], Sizes]:
 
 def _read(name: str, need: Need, elements: int, own: Mapping[int, Sizes], bases: Sizes, k: int) -> int:
     """Bytes read of the models behind one tensor. Each vector is read once and kept, or once more for its inner
-    products, or anew for every product; the base with every one of them, but for the last block, which a thread keeps."""
+    products, or anew for every product; the base with every one of them, but for the last block, which threads keep."""
     passes = 1 if need.held else 2 * ITERATIONS + 2
     again = passes if need.whole else 1 + passes
     times = k * passes + (not need.whole) if elements > BLOCK else 1

@@ -24,7 +24,7 @@ from devec.core.options import Factoring
 from devec.core.vectors import LazyMap, Pool, TaskVector
 from devec.engine.memory import fit_workers
 from devec.engine.plan import Rates, Stage, peak, wall
-from devec.methods.decompose.shared_unique import working_bytes
+from devec.methods.decompose.costs import working_bytes
 
 
 def plan_negate(
@@ -180,7 +180,7 @@ def plan_adapter(
         found = {n: ranks([vector.deltas[n]], vector.layouts[n].matrix_shape, min)[0] for n in vector.deltas}
         return [_adapter(vector.layouts, found, dialect, saving, rates, heads=stored, read=read)]
     names = [n for n in vector.deltas if not vector.layouts[n].is_vector]
-    factoring = Factoring(rank=str(compression.rank or "none"), exact=compression.rank is None)
+    factoring = Factoring(rank=str(compression.rank or "none"), side="both", exact=compression.rank is None)
     rank_of: dict[str, int] = {}
     needs: list[int] = []
     single = double = 0
