@@ -77,7 +77,7 @@ def thinned(block: Block, p: float, seed: int) -> Tensor:
     entries = stack(block)
     if p > 0.0:
         for entry, name in zip(entries, block.vectors, strict=True):
-            entry[draws(block, name, seed) < p] = 0.0
+            entry[draws(block, name, seed) >= 1.0 - p] = 0.0
     return entries
 
 

@@ -87,13 +87,15 @@ def weigh(entries: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 def order_statistics(
-    whole: Whole, values: Callable[[Block], Tensor], ranks: Callable[[int], Sequence[int]]
+    whole: Whole, values: Callable[[Block], Tensor], ranks: Callable[[int], Sequence[int]],
+    dtype: torch.dtype | None = None,
 ) -> list[list[float]]:
     """Of each vector, the entries of the given ranks (0 the smallest) among ``values(block)``, ``(T, n, m)``, exactly.
 
-    ``ranks(n)`` says which are wanted of n entries; an empty whole has none. Every pass reads everything once.
+    ``ranks(n)`` says which are wanted of n entries; an empty whole has none. ``dtype`` is that of the values (by
+    default that of the entries). Every pass reads everything once: 2 for float32, 4 for float64.
     """
-    dtype = compute_dtype(whole.dtype)
+    dtype = dtype or compute_dtype(whole.dtype)
     prefixes: list[list[int | None]] = []
     rests: list[list[int]] = []
     for step in range(digits(dtype)):
