@@ -21,8 +21,8 @@ def test_any_rows_alone_are_those_of_the_whole() -> None:
     whole = uniform(key, 50, 7)
     for start, stop in itertools.pairwise([0, 1, 20, 33, 50]):
         assert torch.equal(uniform(key, stop - start, 7, start), whole[start:stop])
-        assert torch.equal(uniform(key, stop - start, 50, start, flipped=True)[:7], whole.T[start:stop])
-    assert torch.equal(uniform(key, 7, 50, flipped=True), whole.T)
+    for start, stop in itertools.pairwise([0, 1, 4, 7]):  # the same matrix, read from a file that holds its transpose
+        assert torch.equal(uniform(key, stop - start, 50, start, flipped=True), whole.T[start:stop])
 
 
 @pytest.mark.parametrize("other", [("a", 1, "w", "B"), ("a", 0, "v", "B"), ("a", 0, "w", "A")])
