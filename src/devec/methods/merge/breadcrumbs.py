@@ -32,7 +32,8 @@ def measure(whole: Whole, *, scope: str, beta: float, gamma: float, **_: Any) ->
     return order_statistics(whole, lambda block: stack(block).abs_(), lambda n: borders(n, beta, gamma))
 
 
-@register("merge", grain="rows", source="arXiv:2312.06795", measure=measure)
+@register("merge", grain="rows", source="arXiv:2312.06795", measure=measure,
+          looks=lambda given: 2 if given["scope"] == "tensor" else 0)
 def breadcrumbs(
     block: Block,
     beta: float = 0.2,

@@ -35,7 +35,8 @@ def measure(whole: Whole, *, p: float, rescale: str, seed: int, **_: Any) -> lis
     return l1_factors(whole, lambda b: thinned(b, p, seed)) if rescale == "l1" else []
 
 
-@register("merge", grain="elements", source="arXiv:2311.03099", measure=measure)
+@register("merge", grain="elements", source="arXiv:2311.03099", measure=measure,
+          looks=lambda given: int(given["rescale"] == "l1"))
 def dare(
     block: Block,
     p: float = 0.9,

@@ -13,7 +13,8 @@ from devec.methods.merge.task_arithmetic import weighted_sum
 from devec.methods.registry import register
 
 
-@register("merge", grain="elements", source="arXiv:2403.19522", keeps_rank=True, measure=measure_gram)
+@register("merge", grain="elements", source="arXiv:2403.19522", keeps_rank=True, measure=measure_gram,
+          looks=lambda _: 1)
 def model_stock(block: Block) -> Delta:
     """The mean of fine-tuned models, drawn back to the base by the angle between them, tensor by tensor.
 

@@ -44,7 +44,8 @@ def measure(
     return {"cuts": cuts, "majority": float((balance > 0) - (balance < 0))}
 
 
-@register("merge", grain="elements", source="arXiv:2306.01708", measure=measure)
+@register("merge", grain="elements", source="arXiv:2306.01708", measure=measure,
+          looks=lambda given: 3 if given["zero"] == "majority" else 2)
 def ties(
     block: Block,
     density: float = 0.2,
