@@ -63,10 +63,12 @@ def plan_write(
     *,
     kept: int = 0,
     more: int = 0,
+    looks: int = 0,
 ) -> Stage:
     """The stage that computes and writes every tensor of a model, and reads what is left for the inputs' hashes.
 
-    ``kept`` bytes stay in memory beside it; ``more`` bytes are read beyond every source once.
+    ``kept`` bytes stay in memory beside it; ``more`` bytes are read beyond every source once, and a merge
+    reads everything ``looks`` times before.
     """
     rates = rates or Rates.measured()
     entries = plan_entries(model, out_dtype)  # type: ignore[arg-type]
@@ -75,13 +77,13 @@ def plan_write(
     needs = [working_bytes(model, n) for n in names]
     workers, _ = fit_workers(engine.workers, engine.memory, needs, kept)
     stored = sizes.whole() + more
-    read = stored + file_bytes(vectors_of(model))
+    read = stored + looks * sizes.whole() + file_bytes(vectors_of(model))
     written = sum(nbytes(info) for _, info in entries)
     elements, flops = 0, 0
     for n, info in entries:
         operands = len(sizes.of(n))
-        elements += prod(info.shape) * max(operands, 1)
-        flops += 3 * prod(info.shape) * operands
+        elements += prod(info.shape) * max(operands, 1) * (1 + looks)
+        flops += 3 * prod(info.shape) * operands * (1 + looks)
     products = sum(_product_flops(v) for v in vectors_of(model))
     seconds = (stored + written) / rates.hashed + written / rates.hashed_files + elements / rates.elements
     seconds += products / rates.flops

@@ -116,6 +116,7 @@ def merge(
     from devec.api.plan import plan_write
     from devec.core.errors import UsageError
     from devec.io.names import Selection
+    from devec.methods import registry
 
     parameters: dict[str, Any] = {}
     if method is None:
@@ -125,6 +126,8 @@ def merge(
         if not sign:
             raise UsageError(f"--set {item!r} is not KEY=VALUE")
         parameters[key] = value
+    if o.get("seed") and "seed" in registry.get("merge", str(method)).parameters:
+        parameters.setdefault("seed", o["seed"])  # of the recipe
     there = options.check_place(output, o, [base, *sources])
     compression = Compression(o["rank"], o["energy"], o["error"])
     o["dtype"] = o.get("dtype") or "float32"
@@ -132,7 +135,8 @@ def merge(
         "method": method, "sources": sources, "base": base, "parameters": parameters,
         "view": options.read_view(o, sources), "selection": Selection(tuple(o["include"]), tuple(o["exclude"])),
     }
-    merged = run(**given, dtype=getattr(torch, o["dtype"]))
+    workers = o["workers"] if o["max_memory"] is None else 1  # a pass over the model, beside what is being merged
+    merged = run(**given, dtype=getattr(torch, o["dtype"]), workers=workers)
     from devec.core.findings import pool_findings
 
     notes = [*merged.findings, *pool_findings(merged.pool)]
@@ -142,7 +146,11 @@ def merge(
         {"method": method, "parameters": parameters, "rank": o["rank"], "energy": o["energy"], "error": o["error"],
          "heads_from": o["heads_from"], **options.read_time(o)},
     )
-    saving = replace(saving, job=Job("devec.api.merge.model_for", {**given, "heads": o["heads_from"], **dtypes(o)}))
+
+    def job(arguments: dict[str, Any]) -> Job:
+        return Job("devec.api.merge.model_for", {**arguments, "heads": o["heads_from"], **dtypes(o)})
+
+    saving = replace(saving, job=job(given))
     if there:
         found = written_merge(merged, output, saving, compression=compression, heads=o["heads_from"])
         return show.complete(output, how, found)
@@ -157,8 +165,13 @@ def merge(
     if o["dry_run"]:
         if not adapter:
             model = model_for(**given, heads=o["heads_from"], **dtypes(o))
-            stages = [plan_write(model, saving.engine, saving.out_dtype)]
+            chosen = registry.get("merge", str(method))
+            looks = chosen.looks(chosen.filled(registry.bind(chosen, parameters)))
+            stages = [plan_write(model, saving.engine, saving.out_dtype, looks=looks)]
         return dry(output, how, stages, sources=len(merged.pool), tensors=len(merged.vector.deltas))
+    if saving.engine.executor == "ray" and merged.statistics is not None:  # found once, not by every worker
+        given["statistics"] = merged.statistics()
+        saving = replace(saving, job=job(given))
     with show.progress("merge", how) as advance:
         saving = replace(saving, progress=advance)
         written, errors = save_merged(merged, output, saving, compression=compression, heads=o["heads_from"])
