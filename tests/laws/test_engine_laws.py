@@ -16,7 +16,7 @@ from devec.cli.main import run
 from devec.core.lazy import row_blocks
 from devec.io.journal import Finished, Journal
 from devec.methods import registry
-from laws.trials import COMMANDS, PARTS, REGISTERED, SETTINGS, SUBJECTS, WORLDS, Plain, Subject, tree
+from laws.trials import COMMANDS, PARTS, REGISTERED, SETTINGS, SUBJECTS, WORLDS, Plain, Subject, settings, tree
 from laws.worlds import SHAPES, World
 
 pytestmark = pytest.mark.usefixtures("trial_methods")
@@ -136,10 +136,10 @@ def stop_after(patch: pytest.MonkeyPatch, count: int) -> list[str]:
 
 @pytest.mark.parametrize("method", [m.name for m in registry.all_methods("merge") if m.keeps_rank])
 def test_a_merge_of_adapters_that_stays_one(method: str, worlds: dict[str, World], tmp_path: Path) -> None:
-    settings = [word for item in SETTINGS.get(method, ()) for word in ("--set", item)]
+    given = settings(method, worlds["adapters"].sources[0].name)
     for workers in ("1", "2", "8"):
         (tmp_path / workers).mkdir()
-        words = ["merge", "--method", method, *settings, *map(str, worlds["adapters"].sources)]
+        words = ["merge", "--method", method, *given, *map(str, worlds["adapters"].sources)]
         assert run([*words, "-o", str(tmp_path / workers / "out"), "--workers", workers, "-q"]) == 0
     assert tree(tmp_path / "1") == tree(tmp_path / "2") == tree(tmp_path / "8")
     assert "out/adapter_model.safetensors" in tree(tmp_path / "1")

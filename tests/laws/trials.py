@@ -19,8 +19,16 @@ from devec.core.delta import Delta, DenseDelta
 from devec.methods import registry
 from laws.worlds import World
 
-SETTINGS: dict[str, tuple[str, ...]] = {}
-"""Merge method -> KEY=VALUE of the parameters that it cannot do without."""
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "lines": ("blocks=2", "beta=0.5"),
+    "tsv-c": ("task={first}",),
+}
+"""Merge method -> KEY=VALUE of the parameters that it cannot do without; ``{first}`` is the name of the first source."""
+
+
+def settings(method: str, first: str) -> list[str]:
+    """The words ``--set KEY=VALUE`` of a method."""
+    return [word for item in SETTINGS.get(method, ()) for word in ("--set", item.format(first=first))]
 
 COMMANDS = {"shared-unique": ("decompose", "--one-d", "--device", "cpu")}
 """Decomposition -> its command."""
@@ -40,8 +48,8 @@ class Subject:
     def command(self, world: World, folder: Path) -> list[str]:
         """Everything but how to run it; the output is the one thing in ``folder``."""
         if self.kind == "merge":
-            settings = [word for item in SETTINGS.get(self.name, ()) for word in ("--set", item)]
-            words = ["merge", "--method", self.name, *settings, "--shard-size", "600KB", "-o", str(folder / world.out)]
+            given = settings(self.name, world.sources[0].name)
+            words = ["merge", "--method", self.name, *given, "--shard-size", "600KB", "-o", str(folder / world.out)]
         elif self.kind == "apply":
             part = f"{world.artifact}#{self.name}:{world.sources[0].name}"
             words = ["apply", "--base", str(world.base), "--add", "0.7", part, "--shard-size", "600KB", "-q"]

@@ -182,8 +182,8 @@ def merged_vector(method: registry.Method, pool: Pool, parameters: Mapping[str, 
         parts = sum(cost_of(v.deltas)(name) for v in pool if name in v.deltas)
         if method.grain == "elements" or (method.grain == "rows" and not pool.layout(name).transposed):
             return parts
-        n, m = pool.layout(name).matrix_shape
-        return parts + (len(pool) + 2) * n * m * 8  # whole matrices, and as much again for the method's own
+        return parts + method.working_bytes(pool.layout(name).matrix_shape, len(pool), parameters)
+
     return replace(
         first,
         name=f"{method.name}-of-{len(pool)}",

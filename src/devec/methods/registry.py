@@ -7,7 +7,7 @@ calls :func:`register`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -18,10 +18,22 @@ from devec.core.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+Memory = Callable[[tuple[int, int], int, Mapping[str, Any]], int]
+"""``memory((n, m), T, parameters)``: bytes that a method of whole matrices takes for one of T dense deltas, those
+included that it holds at a time."""
+
 BUILT_IN = (
     "devec.methods.decompose.shared_unique",
     "devec.methods.merge.average",
+    "devec.methods.merge.iso_c",
+    "devec.methods.merge.iso_cts",
+    "devec.methods.merge.knots",
+    "devec.methods.merge.lines",
+    "devec.methods.merge.star",
     "devec.methods.merge.task_arithmetic",
+    "devec.methods.merge.tsv_c",
+    "devec.methods.merge.tsv_m",
+    "devec.methods.merge.wudi",
 )
 
 
@@ -34,6 +46,7 @@ class Method:
     ``needs_base``  False if it also works on weights without a base (deltas against zero)
     ``keeps_rank``  True if factored deltas in give a factored delta out
     ``source``      where it was published
+    ``memory``      what one whole matrix takes, where that is not a few copies of each delta
     """
 
     kind: str
@@ -44,6 +57,13 @@ class Method:
     needs: tuple[str, ...] = ()
     needs_base: bool = True
     keeps_rank: bool = False
+    memory: Memory | None = None
+
+    def working_bytes(self, shape: tuple[int, int], tasks: int, parameters: Mapping[str, Any]) -> int:
+        """Bytes that one ``n x m`` matrix of T deltas takes, if they are dense; factored ones take less."""
+        if self.memory is not None:
+            return self.memory(shape, tasks, parameters)
+        return (tasks + 2) * shape[0] * shape[1] * 8  # the deltas, and two matrices of the method's own
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -69,6 +89,7 @@ def register(
     needs: tuple[str, ...] = (),
     needs_base: bool = True,
     keeps_rank: bool = False,
+    memory: Memory | None = None,
 ) -> Callable[[F], F]:
     """Decorator: enter a function under ``(kind, name)``. A name taken by another function is an error."""
 
@@ -77,7 +98,7 @@ def register(
         taken = _methods.get(key)
         if taken is not None and taken.call.__module__ != function.__module__:
             raise ValueError(f"method {key} is defined in {taken.call.__module__} and {function.__module__}")
-        _methods[key] = Method(kind, key[1], function, grain, source, needs, needs_base, keeps_rank)
+        _methods[key] = Method(kind, key[1], function, grain, source, needs, needs_base, keeps_rank, memory)
         return function
 
     return enter
