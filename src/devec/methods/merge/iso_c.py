@@ -44,5 +44,6 @@ def iso_c(
     found = cores(block)
     if found is None:
         return nothing(block)
-    P, s = polar(found.total(), rtol=found.rtol)
+    total, size = found.total()
+    P, s = polar(total, limit=found.limit(size), exact=found.exact)
     return nothing(block) if s.numel() == 0 else found.whole(P.mul_(scale * float(s.mean())))

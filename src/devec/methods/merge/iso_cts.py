@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from devec.core.block import Block
 from devec.core.delta import Delta
 from devec.core.errors import UsageError
 from devec.linalg.lowrank import frobenius
 from devec.linalg.numerics import CORE
-from devec.linalg.spectral import POLAR_RTOL, Triples, polar, triples
-from devec.methods.merge.matrices import Conv, Others, cores, is_matrix, nothing, rest
+from devec.linalg.spectral import Triples, triples
+from devec.methods.merge.matrices import Conv, Cores, Others, cores, is_matrix, nothing, rest
 from devec.methods.registry import register
 
 
@@ -56,23 +57,23 @@ def iso_cts(
     if found is None:
         return nothing(block)
     held = list(found.each())
-    whole = triples(found.total(held), rtol=found.rtol)
+    total, size = found.total(held)
+    whole = triples(total, limit=found.limit(size), exact=found.exact)
     tasks, r = len(block.deltas), whole.rank
     d = min(round((r - int(common * r)) / tasks), r // tasks)
     c = r - tasks * d
     parts = [whole.truncated(c)]
     if d:
-        parts += [_outside(C, parts[0].U, d, found.rtol) for C in held]
-    U, V = torch.cat([p.U for p in parts], dim=1), torch.cat([p.V for p in parts], dim=1)
+        parts += [_outside(found, C, parts[0].U, d) for C in held]
     S = torch.cat([p.S for p in parts])
     if S.numel() == 0:
         return nothing(block)
-    rtol = POLAR_RTOL[found.dtype]
-    return found.product(polar(U, rtol=rtol)[0] * (scale * float(S.mean())), polar(V, rtol=rtol)[0].T)
+    U, V = found.orthonormal([p.U for p in parts]), found.orthonormal([p.V for p in parts])
+    return found.product(U * (scale * float(S.mean())), V.T)
 
 
-def _outside(C: torch.Tensor, U: torch.Tensor, rank: int, rtol: float) -> Triples:
+def _outside(found: Cores, C: Tensor, U: Tensor, rank: int) -> Triples:
     """The leading triples of ``(I - U U^T) C`` among those that are more than rounding of C."""
     X = C.to(CORE)
-    svd = triples(torch.addmm(X, U, U.T @ X, alpha=-1.0), rank, rtol=rtol)
-    return svd.truncated(int((rtol * frobenius(X) < svd.S).sum()))
+    left = torch.addmm(X, U, U.T @ X, alpha=-1.0)
+    return triples(left, rank, limit=found.limit(frobenius(C)), exact=found.exact)

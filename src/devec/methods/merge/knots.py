@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from math import sqrt
 from typing import Literal
 
 import torch
@@ -12,10 +13,9 @@ from torch import Tensor
 from devec.core.block import Block
 from devec.core.delta import Delta, DenseDelta, LowRankDelta
 from devec.core.errors import UsageError
-from devec.linalg.lowrank import gram
+from devec.linalg.lowrank import frobenius
 from devec.linalg.numerics import CORE
-from devec.linalg.rank import numerical_rank
-from devec.linalg.spectral import SQUARED, triples
+from devec.linalg.spectral import triples
 from devec.methods.merge.matrices import Conv, Cores, Others, cores, is_matrix, nothing, rest
 from devec.methods.registry import register
 
@@ -83,31 +83,16 @@ def _transposed(found: Cores) -> Cores:
 
 def _tied(found: Cores, density: float, scale: float) -> Delta:
     held = list(found.each())
-    U = basis(held, found.rtol)
-    # The entries that are merged have m columns of their own: on that side factors keep the tensor's coordinates.
-    tasks: list[Tensor] = []
-    for C in held:
-        coordinates = U.T @ C.to(CORE)
-        if found.right is not None:
-            coordinates = coordinates @ found.right.T
-        tasks.append(coordinates.to(found.dtype))
+    size = sqrt(sum(frobenius(C) ** 2 for C in held))
+    svd = triples(torch.cat(held, dim=1), limit=found.limit(size, len(held)), exact=found.exact)
+    U, tasks = svd.U, list[Tensor]()
+    for C in (svd.V * svd.S).T.split([C.shape[1] for C in held], dim=1):
+        # What is merged are entries, so on the side that keeps its coordinates they must be the tensor's own.
+        tasks.append((C if found.right is None else C @ found.right.T).to(found.dtype))
     merged = ties(tasks, density).mul_(scale)
     if found.left is not None:
         return LowRankDelta((found.left @ U).to(found.dtype), merged)
     return DenseDelta((U @ merged.to(CORE)).to(found.dtype))
-
-
-def basis(matrices: list[Tensor], rtol: float) -> Tensor:
-    """Left singular vectors of ``[C_1 .. C_T]`` above the rank limit, ``(n, r)`` in float64."""
-    n, width = matrices[0].shape[0], sum(C.shape[1] for C in matrices)
-    if rtol < SQUARED or n > width:
-        return triples(torch.cat(matrices, dim=1), rtol=rtol).U
-    G = torch.zeros(n, n, dtype=CORE)
-    for C in matrices:
-        G += gram(C)
-    values, vectors = torch.linalg.eigh(G)
-    r = numerical_rank(values.flip(0).clamp_min(0.0).sqrt(), rtol)
-    return vectors.flip(1)[:, :r]
 
 
 def ties(tasks: list[Tensor], density: float) -> Tensor:

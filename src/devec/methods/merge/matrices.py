@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from math import sqrt
 from typing import Literal
 
 import torch
@@ -21,7 +22,9 @@ from torch import Tensor
 from devec.core.block import Block
 from devec.core.delta import Delta, DenseDelta, LowRankDelta
 from devec.core.errors import InputError, UsageError
-from devec.linalg.numerics import CORE, RANK_RTOL, NonFiniteError, compute_dtype, peak
+from devec.linalg.lowrank import frobenius
+from devec.linalg.numerics import CORE, NonFiniteError, compute_dtype, peak
+from devec.linalg.spectral import POLAR_LIMIT, Cut, Triples, polar, rounding_limit, triples
 from devec.methods.merge.task_arithmetic import weighted_sum
 
 Others = Literal["mean", "sum", "base"]
@@ -70,21 +73,36 @@ class Cores:
     right: Tensor | None = None
 
     @property
-    def rtol(self) -> float:
-        """Singular values below this fraction of the largest are rounding of the deltas' dtype."""
-        return RANK_RTOL[self.dtype]
+    def exact(self) -> bool:
+        """Whether the deltas' dtype asks for factorisations that do not square (see ``linalg.spectral``)."""
+        return self.dtype == CORE
+
+    def limit(self, size: float, width: int = 1) -> float:
+        """The largest singular value that is rounding, in a delta or a sum of them of Frobenius norm ``size``, or in
+        ``width`` deltas side by side."""
+        return rounding_limit(size, (self.shape[0], width * self.shape[1]), self.dtype)
+
+    def triples(self, C: Tensor, cut: Cut = None) -> Triples:
+        """Singular triples of one of the matrices."""
+        return triples(C, cut, limit=self.limit(frobenius(C)), exact=self.exact)
+
+    def orthonormal(self, parts: Sequence[Tensor]) -> Tensor:
+        """Orthonormal bases side by side, replaced by the nearest matrix with orthonormal columns."""
+        return polar(torch.cat(list(parts), dim=1), limit=POLAR_LIMIT[self.dtype], exact=self.exact)[0]
 
     def each(self) -> Iterator[Tensor]:
         """The matrices one after the other, made anew each time: a pool of files is in memory one matrix at a time."""
         return self.source()
 
-    def total(self, matrices: Iterable[Tensor] | None = None) -> Tensor:
-        """``sum_i C_i`` in float64."""
+    def total(self, matrices: Iterable[Tensor] | None = None) -> tuple[Tensor, float]:
+        """``sum_i C_i`` in float64, and its size as ``limit`` wants it: ``sqrt(sum_i |C_i|_F^2)``."""
         out: Tensor | None = None
+        squares = 0.0
         for C in self.each() if matrices is None else matrices:
             out = C.to(CORE, copy=True) if out is None else out.add_(C)
+            squares += frobenius(C) ** 2
         assert out is not None
-        return out
+        return out, sqrt(squares)
 
     def product(self, B: Tensor, A: Tensor) -> Delta:
         """``B A``, given in the cores' coordinates, as a delta: factored if the deltas were."""

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from devec.core.block import Block
 from devec.core.delta import Delta
 from devec.core.errors import UsageError
 from devec.linalg.numerics import CORE
 from devec.linalg.rank import nuclear_rank
-from devec.linalg.spectral import triples
 from devec.methods.merge.matrices import Conv, Others, cores, is_matrix, nothing, rest
 from devec.methods.registry import register
 
@@ -56,9 +56,11 @@ def star(
         return nothing(block)
     weight = scale / len(block.deltas)
     left, right = [], []
-    total = None if found.left is not None else torch.zeros(found.shape, dtype=CORE)
+    total: Tensor | None = None
     for C in found.each():
-        kept = triples(C, partial(nuclear_rank, fraction=eta), rtol=found.rtol)
+        if total is None and found.left is None:
+            total = C.new_zeros(found.shape, dtype=CORE)
+        kept = found.triples(C, partial(nuclear_rank, fraction=eta))
         if kept.rank == 0:
             continue
         B, A = kept.U * (kept.S * (weight * kept.nuclear / float(kept.S.sum()))), kept.V.T

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from devec.core.block import Block
 from devec.core.delta import Delta, LowRankDelta
 from devec.core.errors import UsageError
-from devec.linalg.spectral import triples
 from devec.methods.merge.matrices import Conv, cores, is_matrix, nothing, vector_index
 from devec.methods.registry import register
 
@@ -50,7 +49,7 @@ def tsv_c(
     if found is None:
         return nothing(block)
     k = rank or max(min(block.layout.matrix_shape) // len(block.deltas), 1)
-    svd = triples(next(found.each()), k, rtol=found.rtol)
+    svd = found.triples(next(found.each()), k)
     root = svd.S.sqrt()
     B, A = svd.U * root, (svd.V * root).T
     if found.left is not None and found.right is not None:

@@ -9,7 +9,6 @@ import torch
 from devec.core.block import Block
 from devec.core.delta import Delta
 from devec.core.errors import UsageError
-from devec.linalg.spectral import POLAR_RTOL, polar, triples
 from devec.methods.merge.matrices import Conv, Others, cores, is_matrix, nothing, rest
 from devec.methods.registry import register
 
@@ -60,10 +59,9 @@ def tsv_m(
     found = cores(block)
     if found is None:
         return nothing(block)
-    parts = [triples(C, k if rank is None else min(k, rank), rtol=found.rtol) for C in found.each()]
-    U, V = torch.cat([p.U for p in parts], dim=1), torch.cat([p.V for p in parts], dim=1)
+    parts = [found.triples(C, k if rank is None else min(k, rank)) for C in found.each()]
     S = torch.cat([p.S for p in parts])
     if S.numel() == 0:
         return nothing(block)
-    rtol = POLAR_RTOL[found.dtype]
-    return found.product(polar(U, rtol=rtol)[0] * (scale * S), polar(V, rtol=rtol)[0].T)
+    U, V = found.orthonormal([p.U for p in parts]), found.orthonormal([p.V for p in parts])
+    return found.product(U * (scale * S), V.T)

@@ -79,7 +79,7 @@ def wudi(
     if found is None:
         return nothing(block)
     deltas = list(found.each())
-    start = found.total(deltas)
+    start, _ = found.total(deltas)
     problem = Quadratic.of(deltas, start)
     if problem is None:
         return nothing(block)
@@ -111,7 +111,7 @@ class Quadratic:
             X = torch.cat([C.to(CORE) / norm for C, norm in alive])
             Y = torch.cat([(start - C) @ x.T for x, (C, _) in zip(X.split(n), alive, strict=True)], dim=1)
             return cls(Y @ X, None, X, Y)
-        S, K = torch.zeros(m, m, dtype=CORE), torch.zeros(n, m, dtype=CORE)
+        S, K = start.new_zeros(m, m), start.new_zeros(n, m)
         for C, norm in alive:
             unit = C.to(CORE) / norm
             S.addmm_(unit.T, unit)
