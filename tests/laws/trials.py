@@ -23,7 +23,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "lines": ("blocks=2", "beta=0.5"),
     "tsv-c": ("task={first}",),
 }
-"""Merge method -> KEY=VALUE of the parameters that it cannot do without; ``{first}`` is the name of the first source."""
+"""Merge method -> KEY=VALUE of the parameters that it cannot do without; ``{first}`` is the first source's name."""
 
 
 def settings(method: str, first: str) -> list[str]:

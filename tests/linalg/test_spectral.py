@@ -1,4 +1,4 @@
-"""Triples and polar factors: against plain SVDs, where a Gram matrix alone would be wrong, and without arbitrary parts."""
+"""Triples and polar factors: against plain SVDs, where a Gram matrix alone would be wrong; nothing arbitrary."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_tasks_that_cancel_leave_nothing(method: object) -> None:
 
 
 def test_task_directions_never_outnumber_the_rank() -> None:
-    """7 tasks, 10 directions, common 0.2: round(8 / 7) = 1 each; 6 tasks ask for round(10 / 6) = 2, which is too many."""
+    """6 tasks and 10 directions, none common: round(10 / 6) = 2 each would be 12."""
     for tasks in (6, 7, 30):
         merged = iso_cts(block(full(10, 12, tasks)), common=0.0)
         assert int((values_of(merged) > 1e-8).sum()) <= 10

@@ -1,4 +1,4 @@
-"""What every spectral merge method does at the edges: zeros, missing vectors, one row, other tensors, sizes, bad numbers."""
+"""Every spectral merge method at the edges: zeros, missing vectors, one row, other tensors, sizes, bad numbers."""
 
 from __future__ import annotations
 

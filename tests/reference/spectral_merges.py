@@ -107,7 +107,7 @@ def wudi_ridge(deltas: list[Tensor], ridge: float) -> Tensor:
 
 
 def knots(deltas: list[Tensor], density: float, scale: float, rtol: float) -> Tensor:
-    """arXiv:2410.19735 with TIES inside: concatenate along inputs, one SVD, trim, elect, disjoint mean, multiply back."""
+    """arXiv:2410.19735 with TIES: concatenate along inputs, one SVD, trim, elect, disjoint mean, multiply back."""
     U, s, Vh = svd(torch.cat([D.double() for D in deltas], dim=1), rtol)
     m = deltas[0].shape[1]
     tasks = [torch.diag(s) @ Vh[:, i * m : (i + 1) * m] for i in range(len(deltas))]

@@ -1,7 +1,8 @@
 """Exact singular triples and polar factors in float64, for methods that use every direction of a matrix.
 
-``lowrank`` finds the few directions that stand out of noise, in float32. Methods that rebuild a matrix from its singular
-vectors use small directions as much as large ones, and divide by their singular values, so everything here is float64:
+``lowrank`` finds the few directions that stand out of noise, in float32. Methods that rebuild a matrix from its
+singular vectors use small directions as much as large ones, and divide by their singular values, so everything here is
+float64:
 
 * a matrix of float32 numbers: the Gram matrix of its shorter side is exact to float64 rounding, its eigenvectors are
   that side's singular vectors, and one product gives the other side. It holds directions down to 1e-5 of the largest
@@ -32,8 +33,8 @@ TRUSTED = 1e-5
 digits above float64 rounding."""
 
 POLAR_LIMIT = {torch.float32: 1e-6, torch.float64: 1e-10}
-"""Singular values of a stack of orthonormal bases below this count as zero: a direction is in two of the bases. Bases of
-equal matrices agree to 1e-13, and of float32 matrices that differ by rounding to 1e-6; two independent sets of n/2
+"""Singular values of a stack of orthonormal bases below this count as zero: a direction is in two of the bases. Bases
+of equal matrices agree to 1e-13, and of float32 matrices that differ by rounding to 1e-6; two independent sets of n/2
 directions, the worst case, come as close as 1/n."""
 
 Cut = int | Callable[[Tensor], int] | None
@@ -82,12 +83,12 @@ def triples(W: Tensor, cut: Cut = None, *, limit: float, exact: bool = False) ->
     if exact:
         U, s, Vh = torch.linalg.svd(X, full_matrices=False)
         r, nuclear = _kept(s, cut, limit)
-        return Triples(U[:, :r], s[:r], Vh[:r].T, nuclear)
+        return Triples(U[:, :r].clone(), s[:r], Vh[:r].T.clone(), nuclear)
     tall = n >= m
     X = X if tall else X.T
     s, E = _short_side(X, cut if isinstance(cut, int) else None)
     r, nuclear = _kept(s, cut, limit)
-    short = E[:, :r]
+    short = E[:, :r].clone()  # or a few columns would keep all of them in memory
     long = X @ short / s[:r]
     return Triples(long, s[:r], short, nuclear) if tall else Triples(short, s[:r], long, nuclear)
 

@@ -12,9 +12,9 @@ from devec.methods.registry import register
 
 
 def memory(shape: tuple[int, int], tasks: int, parameters: Mapping[str, object]) -> int:
-    """One delta, the sum and its polar factor in float64, one Gram matrix with its eigenvectors."""
+    """One delta, the sum and its polar factor; one Gram matrix with its eigenvectors."""
     (n, m), short = shape, min(shape)
-    return 8 * (4 * n * m + 4 * short * short)
+    return 8 * (4 * n * m + 5 * short * short)
 
 
 @register("merge", name="iso-c", grain="matrix", source="arXiv:2502.04959", keeps_rank=True, memory=memory)

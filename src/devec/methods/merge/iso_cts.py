@@ -18,9 +18,10 @@ from devec.methods.registry import register
 
 
 def memory(shape: tuple[int, int], tasks: int, parameters: Mapping[str, object]) -> int:
-    """The deltas, one residual with its products, both stacks of singular vectors with their polar factors."""
+    """The deltas, the sum, one residual and its singular vectors; both stacks of singular vectors, one with its polar
+    factor; one Gram matrix with its eigenvectors."""
     (n, m), short = shape, min(shape)
-    return 4 * tasks * n * m + 8 * (4 * n * m + 3 * (n + m) * short + 4 * short * short)
+    return 8 * ((tasks + 5) * n * m + 3 * (n + m) * short + 4 * short * short)
 
 
 @register("merge", name="iso-cts", grain="matrix", source="arXiv:2502.04959", keeps_rank=True, memory=memory)

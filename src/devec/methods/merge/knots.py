@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
+from itertools import accumulate
 from math import sqrt
 from typing import Literal
 
@@ -21,13 +21,13 @@ from devec.methods.registry import register
 
 
 def memory(shape: tuple[int, int], tasks: int, parameters: Mapping[str, object]) -> int:
-    """The deltas, their coordinates and what sorting one task's takes; the basis and a Gram matrix with its
+    """The deltas side by side with their coordinates and what is made of these, their basis; one Gram matrix with its
     eigenvectors, on the side with fewer rows."""
     n, m = shape if parameters.get("side") != "input" else shape[::-1]
     if parameters.get("inner", "ties") != "ties":
         return 0
     short = min(n, tasks * m)
-    return (8 * tasks + 40) * n * m + 8 * (2 * n * short + 4 * short * short)
+    return 8 * (4 * tasks * n * m + 2 * n * short + 5 * short * short)
 
 
 @register("merge", grain="matrix", source="arXiv:2410.19735", keeps_rank=True, memory=memory)
@@ -84,11 +84,18 @@ def _transposed(found: Cores) -> Cores:
 def _tied(found: Cores, density: float, scale: float) -> Delta:
     held = list(found.each())
     size = sqrt(sum(frobenius(C) ** 2 for C in held))
-    svd = triples(torch.cat(held, dim=1), limit=found.limit(size, len(held)), exact=found.exact)
+    widths, limit = [C.shape[1] for C in held], found.limit(size, len(held))
+    beside = torch.cat(held, dim=1)
+    del held
+    svd = triples(beside, limit=limit, exact=found.exact)
+    del beside
     U, tasks = svd.U, list[Tensor]()
-    for C in (svd.V * svd.S).T.split([C.shape[1] for C in held], dim=1):
+    ends = list(accumulate(widths))
+    for start, end in zip([0, *ends], ends, strict=False):
+        C = (svd.V[start:end] * svd.S).T
         # What is merged are entries, so on the side that keeps its coordinates they must be the tensor's own.
         tasks.append((C if found.right is None else C @ found.right.T).to(found.dtype))
+    del svd, C
     merged = ties(tasks, density).mul_(scale)
     if found.left is not None:
         return LowRankDelta((found.left @ U).to(found.dtype), merged)

@@ -1,4 +1,4 @@
-"""LiNeS: another method's result, scaled up with depth."""
+"""LiNeS: the result of a merge method, scaled up with depth."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def memory(shape: tuple[int, int], tasks: int, parameters: Mapping[str, object])
 
 @register("merge", grain="matrix", source="arXiv:2410.17146", keeps_rank=True, memory=memory)
 def lines(block: Block, blocks: int, beta: float, alpha: float | None = None, inner: str = "task-arithmetic") -> Delta:
-    """LiNeS: the inner method's result with a coefficient that grows linearly from the first residual block to the last.
+    """LiNeS: an inner method's result, its coefficient growing linearly from the first residual block to the last.
 
     Math        W = W_0 + lambda_l M, M the inner method's result at scale 1
                 lambda_l = alpha + beta (l - 1) / (L - 1) in residual block l = 1 .. L; alpha outside the blocks

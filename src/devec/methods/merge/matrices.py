@@ -2,9 +2,9 @@
 
 A method that only multiplies deltas from the left and the right by orthogonal matrices (singular values, projections
 onto singular vectors, polar factors, least squares over input directions) gives the same result in any orthonormal
-coordinates. So when every delta of a block is factored, ``Delta_i = B_i A_i``, it is written as ``L C_i R^T`` with L and R
-orthonormal bases of all columns of the B and rows of the A, and the method sees the cores ``C_i`` alone: no matrix is
-larger than the sum of the ranks, and the result is again factored.
+coordinates. So when every delta of a block is factored, ``Delta_i = B_i A_i``, it is written as ``L C_i R^T`` with L
+and R orthonormal bases of all columns of the B and rows of the A, and the method sees the cores ``C_i`` alone: no
+matrix is larger than the sum of the ranks, and the result is again factored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from devec.linalg.spectral import POLAR_LIMIT, Cut, Triples, polar, rounding_lim
 from devec.methods.merge.task_arithmetic import weighted_sum
 
 Others = Literal["mean", "sum", "base"]
-"""What becomes of a tensor that a method does not treat as a matrix: the mean or the sum of the deltas, or no change."""
+"""What becomes of a tensor that is not treated as a matrix: the mean or the sum of its deltas, or no change."""
 
 Conv = Literal["matrix", "other"]
 """A convolution: the matrix ``out x (in k k)``, or a tensor like the other ones."""
@@ -175,6 +175,7 @@ def vector_index(method: str, vectors: Sequence[str], name: str) -> int:
     """Where a vector stands. Raises UsageError that lists the names."""
     if name not in vectors:
         raise UsageError(
-            f"{method}: no vector is called {name!r}", values={"vectors": ", ".join(vectors)}, remedy="Use one of these."
+            f"{method}: no vector is called {name!r}", values={"vectors": ", ".join(vectors)},
+            remedy="Use one of these.",
         )
     return list(vectors).index(name)

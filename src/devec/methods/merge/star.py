@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
 from functools import partial
 
 import torch
@@ -19,9 +18,9 @@ from devec.methods.registry import register
 
 
 def memory(shape: tuple[int, int], tasks: int, parameters: Mapping[str, object]) -> int:
-    """The sum and one delta in float64, one Gram matrix with its eigenvectors, and the vectors kept."""
+    """One delta, the result and what is added to it, singular vectors; one Gram matrix with its eigenvectors."""
     (n, m), short = shape, min(shape)
-    return 8 * (4 * n * m + (n + m) * short + 4 * short * short)
+    return 8 * (6 * n * m + (n + m) * short + 4 * short * short)
 
 
 @register("merge", grain="matrix", source="arXiv:2502.10339", keeps_rank=True, memory=memory)
@@ -29,7 +28,7 @@ def star(
     block: Block, eta: float = 0.4, scale: float = 1.0,
     others: Others = "mean", matrices: str = "", conv: Conv = "matrix",
 ) -> Delta:  # fmt: skip
-    """STAR: of each task the leading directions that hold a part of its nuclear norm, enlarged to all of it; then the mean.
+    """STAR: each task cut to the directions with a part of its nuclear norm and enlarged to all of it; then the mean.
 
     Math        Delta_i = U S V^T; r = fewest directions with sum_{j<=r} s_j >= eta sum_j s_j
                 Delta_i' = (sum_j s_j / sum_{j<=r} s_j) U_r S_r V_r^T

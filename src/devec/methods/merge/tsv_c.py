@@ -12,16 +12,16 @@ from devec.methods.registry import register
 
 
 def memory(shape: tuple[int, int], tasks: int, parameters: Mapping[str, object]) -> int:
-    """One Gram matrix with its eigenvectors, and the factors that are kept."""
+    """One delta and its singular vectors, one Gram matrix with its eigenvectors, and the factors that are kept."""
     (n, m), short = shape, min(shape)
-    return 8 * (2 * n * m + (n + m) * short // max(tasks, 1) + 4 * short * short)
+    return 8 * (4 * n * m + (n + m) * short // max(tasks, 1) + 5 * short * short)
 
 
 @register("merge", name="tsv-c", grain="matrix", source="arXiv:2412.00081", keeps_rank=True, memory=memory)
 def tsv_c(
     block: Block, task: str, rank: int | None = None, scale: float = 1.0, matrices: str = "", conv: Conv = "matrix"
 ) -> Delta:
-    """TSV-Compress: one task of the pool, each matrix cut to its share of singular triples. Not a merge: one model a task.
+    """TSV-Compress: one task of the pool, each matrix cut to its share of singular triples. One model a task: no merge.
 
     Math        Delta_t = U S V^T, cut to its k leading triples, k = floor(min(n, m) / T); W = W_0 + scale * U S V^T
     Symbols     t = task, a vector's name; k = rank, if given; T vectors of the pool

@@ -14,9 +14,9 @@ from devec.methods.registry import register
 
 
 def memory(shape: tuple[int, int], tasks: int, parameters: Mapping[str, object]) -> int:
-    """Both stacks of singular vectors with their polar factors, or one Gram matrix with its eigenvectors."""
+    """Both stacks of singular vectors, one with its polar factor; one Gram matrix with its eigenvectors."""
     (n, m), short = shape, min(shape)
-    return 8 * (2 * n * m + 3 * (n + m) * short + 4 * short * short)
+    return 8 * (3 * n * m + 3 * (n + m) * short + 5 * short * short)
 
 
 @register("merge", name="tsv-m", grain="matrix", source="arXiv:2412.00081", keeps_rank=True, memory=memory)

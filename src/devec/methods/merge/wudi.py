@@ -26,12 +26,12 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 
 def memory(shape: tuple[int, int], tasks: int, parameters: Mapping[str, object]) -> int:
-    """The deltas; their sum, the pull and two products of its size in float64; the input side's quadratic form, its
-    Cholesky factor and one task's share of it, or of more columns than the tasks have rows together, the dual's."""
+    """The deltas; their sum, the pull towards them and the optimiser's; the input side's quadratic form with what one
+    task adds and its Cholesky factor, or the dual's, where the tasks have fewer rows together than columns."""
     n, m = shape
     side = min(m, n * tasks)
     stacked = 0 if side == m else 2 * side * m
-    return 4 * tasks * n * m + 8 * (5 * n * m + stacked + 4 * side * side)
+    return 8 * ((tasks + 7) * n * m + stacked + 5 * side * side)
 
 
 @register("merge", grain="matrix", source="arXiv:2503.08099", memory=memory)
@@ -39,7 +39,7 @@ def wudi(
     block: Block, solver: Literal["adam", "ridge"] = "adam", steps: int = 300, rate: float = 1e-5, ridge: float = 0.01,
     scale: float = 1.0, others: Others = "mean", matrices: str = "", conv: Conv = "matrix",
 ) -> Delta:  # fmt: skip
-    """WUDI-Merging: from the sum of the task vectors towards the matrix that agrees with each on that task's directions.
+    """WUDI-Merging: from the sum of the task vectors towards the matrix that agrees with each on its own directions.
 
     Math        L(M) = sum_i |(M - Delta_i) Delta_i^T|_F^2 / |Delta_i|_F^2; M_0 = sum_i Delta_i; W = W_0 + scale * M
                 adam: ``steps`` steps of Adam from M_0 with learning rate ``rate``
@@ -81,6 +81,7 @@ def wudi(
     deltas = list(found.each())
     start, _ = found.total(deltas)
     problem = Quadratic.of(deltas, start)
+    del deltas
     if problem is None:
         return nothing(block)
     moved = problem.ridge(ridge) if solver == "ridge" else problem.adam(steps, rate, found.dtype)
@@ -108,8 +109,9 @@ class Quadratic:
             return None
         n, m = start.shape
         if n * len(alive) < m:
-            X = torch.cat([C.to(CORE) / norm for C, norm in alive])
-            Y = torch.cat([(start - C) @ x.T for x, (C, _) in zip(X.split(n), alive, strict=True)], dim=1)
+            units = [C.to(CORE) / norm for C, norm in alive]
+            Y = torch.cat([(start - C) @ x.T for x, (C, _) in zip(units, alive, strict=True)], dim=1)
+            X = torch.cat(units)
             return cls(Y @ X, None, X, Y)
         S, K = start.new_zeros(m, m), start.new_zeros(n, m)
         for C, norm in alive:
