@@ -1,4 +1,4 @@
-"""``devec merge`` with spectral methods, on checkpoints and on adapters, against their transcriptions on the raw files."""
+"""``devec merge`` with spectral methods, on checkpoints and on adapters, against transcriptions on the raw files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ Transcription = Callable[[list[Tensor]], Tensor]
 METHODS: dict[str, tuple[list[str], Transcription]] = {
     "tsv-m": (["scale=0.7"], partial(plain.tsv_merge, scale=0.7, rtol=1e-6)),
     "iso-c": (["scale=0.5"], partial(plain.isotropic, scale=0.5, rtol=1e-6)),
-    "iso-cts": (["scale=0.5", "common=0.5"], partial(plain.isotropic_common_and_task, scale=0.5, fraction=0.5, rtol=1e-6)),
+    "iso-cts": (
+        ["scale=0.5", "common=0.5"],
+        partial(plain.isotropic_common_and_task, scale=0.5, fraction=0.5, rtol=1e-6),
+    ),
     "star": (["eta=0.6"], partial(plain.star, eta=0.6, rtol=1e-6)),
     "wudi": (["solver=ridge", "ridge=0.1"], partial(plain.wudi_ridge, ridge=0.1)),
     "knots": (["density=0.4"], partial(plain.knots, density=0.4, scale=0.6, rtol=1e-6)),

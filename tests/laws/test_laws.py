@@ -24,7 +24,7 @@ from devec.core.results import TensorFactors
 from devec.core.vectors import Pool, TaskVector
 from devec.methods import registry
 from devec.methods.decompose.rows import SharedUniqueRows
-from laws.trials import SETTINGS
+from laws.trials import parameters
 from pools import block
 from reference.planted import bases_at_common_angle, generator, orthonormal
 
@@ -46,7 +46,7 @@ class Case:
 
 
 def merge_case(method: registry.Method) -> Case:
-    given = registry.bind(method, dict(item.format(first="B").split("=") for item in SETTINGS.get(method.name, ())))
+    given = registry.bind(method, parameters(method.name, first="B"))
 
     def run(b: Block) -> Parts:
         return {"merged": method.call(b, **given)}

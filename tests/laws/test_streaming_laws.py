@@ -20,7 +20,7 @@ from devec.core.delta import DenseDelta
 from devec.core.layout import Layout
 from devec.io.checkpoint import checkpoint_from_state_dict
 from devec.methods import registry
-from laws.trials import GRAINS, SETTINGS, SUBJECTS, WORLDS, Plain, Subject
+from laws.trials import GRAINS, SUBJECTS, WORLDS, Plain, Subject, parameters
 from laws.worlds import SHAPES, World
 
 pytestmark = pytest.mark.usefixtures("trial_methods")
@@ -58,8 +58,8 @@ def equal(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.kind == "merge"], ids=lambda s: s.name)
 def test_a_merge_in_memory_is_what_is_streamed(subject: Subject, world: World, plain: Plain) -> None:
     base = in_memory(world)
-    parameters = dict(item.split("=") for item in SETTINGS.get(subject.name, ()))
-    merged = devec.merge(subject.name, vectors_of(world, base), base=base, parameters=parameters)
+    given = parameters(subject.name, world.sources[0].name)
+    merged = devec.merge(subject.name, vectors_of(world, base), base=base, parameters=given)
     model = devec.apply(base, merged.vector)
     assert isinstance(model, Edited)
     written, made = written_by(plain, subject, world), model.state_dict()

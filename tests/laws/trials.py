@@ -26,9 +26,14 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 """Merge method -> KEY=VALUE of the parameters that it cannot do without; ``{first}`` is the first source's name."""
 
 
+def parameters(method: str, first: str) -> dict[str, str]:
+    """What a method is tried with, in a pool whose first source has this name."""
+    return dict(item.format(first=first).split("=") for item in SETTINGS.get(method, ()))
+
+
 def settings(method: str, first: str) -> list[str]:
-    """The words ``--set KEY=VALUE`` of a method."""
-    return [word for item in SETTINGS.get(method, ()) for word in ("--set", item.format(first=first))]
+    """The same as words of a command."""
+    return [word for key, value in parameters(method, first).items() for word in ("--set", f"{key}={value}")]
 
 COMMANDS = {"shared-unique": ("decompose", "--one-d", "--device", "cpu")}
 """Decomposition -> its command."""

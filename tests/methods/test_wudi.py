@@ -84,8 +84,6 @@ def test_tasks_with_orthogonal_rows_are_summed_and_others_are_not() -> None:
     V = rotation(20, 2)
     a, b = full(10, 5, 2)
     apart = [a @ V[:, :5].T, b @ V[:, 5:10].T]
-    for solver in ("adam", "ridge"):
-        assert error(wudi(block([W.float() for W in apart]), solver, steps=20), sum(apart)) < 1e-3  # type: ignore[arg-type]
     assert error(wudi(block(apart), "ridge"), sum(apart)) < 1e-12  # type: ignore[arg-type]
     together = [a @ V[:, :5].T, b @ V[:, :5].T]
     assert error(wudi(block(together), "ridge"), sum(together)) > 0.1  # type: ignore[arg-type]

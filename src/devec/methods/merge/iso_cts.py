@@ -42,8 +42,7 @@ def iso_cts(
                 common 1: Iso-C; permutation: order does not matter up to rounding; linear in scale;
                 equivariant: Delta_i -> L Delta_i R with orthogonal L, R turns the result alike;
                 rank: adapters give an adapter of rank at most the sum of their ranks, the same as their products do
-    Numerics    as in iso-c; residuals in float64. Of a residual, directions below 1e-5 (float64: 1e-12) of its task's
-                norm are rounding and left out
+    Numerics    as in iso-c; residuals in float64, without directions that are rounding of their task's delta
     Differs     one task does not come back: its singular values become equal. scale 1.5 is what FusionBench ran for
                 eight CLIP ViT-B/32 tasks, common 0.8 the paper's. r is the rank of the sum, so that adapters too have
                 task-specific directions; the paper's code takes min(n, m), the same for sums of full rank. That code

@@ -51,14 +51,14 @@ def knots(
                 equivariant: (side output) Delta_i -> L Delta_i with orthogonal L turns the result alike;
                 signs: the result does not depend on the signs of U's columns;
                 rank: adapters give an adapter of rank at most the sum of their ranks
-    Numerics    U in float64 (from factors: QR and the SVD of a core; else a Gram matrix of the shorter of n and T m);
-                C_i and what is done to them in the compute dtype. Directions below 1e-5 s_1 (float64: 1e-12) are left
-                out. TIES cuts and elects: an entry at the edge of either may fall otherwise after rounding
+    Numerics    U, s and V in float64 (linalg.spectral; of factors, from the core between two QRs), C_i and what is
+                done to them in the compute dtype. Directions that are rounding of the deltas are left out. TIES cuts
+                and elects: an entry at the edge of either may fall otherwise after rounding
     Differs     scale 0.6, density 0.2 and the disjoint mean are the authors' configuration for eight CLIP ViT-B/32
                 LoRAs of rank 16. They keep the density over all layers together, here it is per tensor; they drop
-                s <= 1e-5, here the limit is relative; they give an entry whose sum is exactly 0 the sign of all entries
-                together, which depends on signs of singular vectors, here it becomes 0. Equal singular values leave
-                the basis, and with ties the result, to the factorisation
+                s <= 1e-5, here the limit follows the deltas; they give an entry whose sum is exactly 0 the sign of all
+                entries together, which depends on signs of singular vectors, here it becomes 0. Equal singular values
+                leave the basis, and with ties the result, to the factorisation
     Raises      UsageError: density outside (0, 1], or no regular expression; InputError: NaN or infinity
     """
     if not 0.0 < density <= 1.0:

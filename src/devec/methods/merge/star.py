@@ -39,10 +39,10 @@ def star(
                 permutation: order does not matter up to rounding; homogeneous: degree 1 in the deltas, linear in scale;
                 equivariant: Delta_i -> L Delta_i R with orthogonal L, R turns the result alike;
                 rank: adapters give an adapter of rank at most the sum of their ranks, the same as their products do
-    Numerics    float64 from the shorter side's Gram matrix; the sum in float64, rounded once. Singular values below
-                1e-5 s_1 (float64: 1e-12) are rounding and left out
-    Differs     one task does not come back: it is cut (unless eta is 1). eta 0.4 is the paper's default for merged
-                language models. Equal singular values at the cut are told apart by the factorisation, and the result
+    Numerics    triples and the sum in float64 (linalg.spectral), rounded once to the compute dtype. Directions that are
+                rounding of a delta count neither for the norm nor in the result
+    Differs     one task does not come back: it is cut (unless eta is 1). eta 0.4 is the default of the paper's
+                code. Equal singular values at the cut are told apart by the factorisation, and the result
                 then depends on it. Vectors are averaged
     Raises      UsageError: eta outside (0, 1], or no regular expression; InputError: NaN or infinity
     """

@@ -29,7 +29,7 @@ def tsv_c(
     Guarantees  best: no matrix of rank k is nearer to the task's delta (Frobenius norm);
                 identity: with k at the matrix's rank the task comes back to rounding; linear in scale;
                 alone: the other vectors decide T and nothing else
-    Numerics    float64 from the shorter side's Gram matrix; the factors in the compute dtype
+    Numerics    triples in float64 (linalg.spectral); the factors in the compute dtype
     Differs     numbers of compressed models are not comparable with those of merged ones: T models are kept, and which
                 task an input belongs to must be known. Published at k = floor(min(n, m) / T), where the T factored
                 models take about as many numbers as one full one. A matrix with fewer rows or columns than tasks keeps

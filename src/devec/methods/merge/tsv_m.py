@@ -37,9 +37,9 @@ def tsv_m(
                 permutation: order does not matter up to rounding; linear in scale;
                 equivariant: Delta_i -> L Delta_i R with orthogonal L, R turns the result alike;
                 rank: adapters give an adapter of rank at most min(T k, sum of ranks), the same as their products do
-    Numerics    singular vectors and polar factors in float64 from the shorter side's Gram matrix, the result in the
-                compute dtype: within 2e-7 (relative) of a float64 SVD on 768 x 768, T = 8, where a float32 SVD is
-                within 3e-6. Singular values below 1e-5 s_1 (float64: 1e-12) are rounding and left out
+    Numerics    singular vectors and polar factors in float64 (linalg.spectral), the result rounded to the compute
+                dtype: on 768 x 768 and 3072 x 768, T = 8, within 3e-8 (relative, Frobenius) of the same in float64
+                SVDs, where float32 SVDs are off by 8e-4. Directions that are rounding of the deltas are left out
     Differs     scale 1 is FusionBench's default; the paper's code searches (0, 3] on validation data. That code also
                 averages tensors named text_projection and kernels of convolutions: matrices=^(?!.*text_projection),
                 conv=other. It keeps k directions even where a delta has fewer, and a full basis where the stack is
