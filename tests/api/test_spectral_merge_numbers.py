@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import devec as devec_library
+from devec.core.layout import Layout
 from fixtures_models import Models, Runner, deltas, difference, same, weights
 from reference import spectral_merges as plain
 
@@ -94,6 +96,26 @@ def test_a_dense_result_of_adapters_wants_a_base_or_a_rank(devec: Runner, llama:
     assert "the merge is dense" in said.err
     devec("merge", "--method", "wudi", "--set", "steps=3", llama.la, llama.lb, "--rank", 4, "-o", "out")
     assert all(np.linalg.matrix_rank(W, tol=1e-5) <= 4 for W in deltas("out").values())
+
+
+def test_the_callers_threads_change_no_byte() -> None:
+    g = torch.Generator().manual_seed(0)
+    pool = [
+        devec_library.TaskVector(
+            name, {"w": devec_library.DenseDelta(torch.randn(300, 260, generator=g))}, {"w": Layout((300, 260))}
+        )
+        for name in "abc"
+    ]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            vectors = [devec_library.merge(m, pool).vector for m in ("tsv-m", "iso-cts", "knots")]
+            found.append([vector.deltas["w"].dense() for vector in vectors])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 def test_a_choice_that_is_none_is_refused(devec: Runner, llama: Models) -> None:

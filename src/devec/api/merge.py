@@ -27,6 +27,7 @@ from devec.io.artifact import artifact_kind
 from devec.io.hub_id import HubFolder
 from devec.io.model_folder import WrittenModel
 from devec.io.names import Selection
+from devec.linalg.numerics import one_blas_thread
 from devec.methods import registry
 
 
@@ -202,7 +203,8 @@ def merged_delta(method: registry.Method, block: Block, parameters: Mapping[str,
     """
     dense = [d for d in block.deltas if is_dense(d)]
     if not dense or method.grain not in ("elements", "rows") or (method.grain == "rows" and block.layout.transposed):
-        whole: Delta = method.call(block, **parameters)
+        with one_blas_thread():  # factorisations round otherwise in a team of threads
+            whole: Delta = method.call(block, **parameters)
         return whole
     filed = block.in_file()
 
