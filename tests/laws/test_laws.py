@@ -45,7 +45,10 @@ class Case:
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-GIVEN: dict[str, dict[str, object]] = {"emr": {"task": "B"}, "slerp": {"t": 0.5}, "tall-masks": {"task": "B"}}
+GIVEN: dict[str, dict[str, object]] = {
+    "emr": {"task": "B"}, "lines": {"blocks": 2, "beta": 0.5}, "slerp": {"t": 0.5}, "tall-masks": {"task": "B"},
+    "tsv-c": {"task": "B"},
+}  # fmt: skip
 """Merge method -> the parameters that it cannot do without."""
 
 
@@ -127,6 +130,10 @@ CASES = [
 EXEMPT = {
     ("permutation", "shared-unique paper"): "the paper's target rule goes through the pool in its order",
     ("permutation", "shared-unique chain"): "the chain's basis lies in the span of its first factor",
+    ("one task", "merge iso-c"): "makes the singular values of one task equal too",
+    ("one task", "merge iso-cts"): "makes the singular values of one task equal too",
+    ("one task", "merge knots"): "trims one task too",
+    ("one task", "merge star"): "cuts one task too",
     ("one task", "merge task-arithmetic"): "its default scale is 0.3: held at scale 1 in its own test below",
     ("one task", "merge breadcrumbs"): "it drops entries, and its default scale is 0.4",
     ("one task", "merge consensus"): "no entry is in two masks of one",

@@ -21,7 +21,10 @@ from devec.methods import registry
 from devec.methods.merge.entries import Alone
 from laws.worlds import World
 
-SETTINGS: dict[str, tuple[str, ...]] = {"emr": ("task=1",), "slerp": ("t=0.3",), "tall-masks": ("task=1",)}
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "emr": ("task=1",), "lines": ("blocks=2", "beta=0.5"), "slerp": ("t=0.3",), "tall-masks": ("task=1",),
+    "tsv-c": ("task=1",),
+}  # fmt: skip
 """Merge method -> KEY=VALUE of the parameters that it cannot do without."""
 
 TAKES = {"slerp": 2}

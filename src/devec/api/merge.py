@@ -37,6 +37,7 @@ from devec.io.artifact import artifact_kind
 from devec.io.hub_id import HubFolder
 from devec.io.model_folder import WrittenModel
 from devec.io.names import Selection
+from devec.linalg.numerics import one_blas_thread
 from devec.linalg.select import BINS
 from devec.methods import registry
 
@@ -216,8 +217,9 @@ def merged_vector(
         if by_blocks(method, Block(name, pool.layout(name), (), ())):
             # of every vector a few copies of a block in float64, and the counts of a selection
             return parts + (0 if method.keeps_rank else len(pool) * 6 * 8 * (max(BLOCK, m) + BINS))
-        own = 8 if method.grain == "rows" else 2  # sorting a row and drawing for it take a few copies of one matrix
-        return parts + (len(pool) + own) * n * m * 8  # whole matrices, and as much again for the method's own
+        if method.grain == "rows":  # sorting a row and drawing for it take a few copies of one matrix
+            return parts + (len(pool) + 8) * n * m * 8
+        return parts + method.working_bytes((n, m), len(pool), parameters)
 
     return replace(
         first,
@@ -248,7 +250,8 @@ def merged_delta(
     if factors or not by_blocks(method, block):
         if model is not None:
             block = replace(block, stats={**block.stats, "measured": model()})
-        whole: Delta = method.call(block, **parameters)
+        with one_blas_thread():  # factorisations round otherwise in a team of threads
+            whole: Delta = method.call(block, **parameters)
         return whole
     filed = block.in_file()
     tensor = None if method.measure is None else once(lambda: find(method, WholeTensor(filed), parameters))

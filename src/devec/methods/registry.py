@@ -18,6 +18,10 @@ from devec.core.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+Memory = Callable[[tuple[int, int], int, Mapping[str, Any]], int]
+"""``memory((n, m), T, parameters)``: bytes that a method of whole matrices takes for one of T dense deltas, those
+included that it holds at a time."""
+
 BUILT_IN = (
     "devec.methods.decompose.shared_unique",
     "devec.methods.merge.average",
@@ -26,12 +30,20 @@ BUILT_IN = (
     "devec.methods.merge.dare",
     "devec.methods.merge.della",
     "devec.methods.merge.emr",
+    "devec.methods.merge.iso_c",
+    "devec.methods.merge.iso_cts",
+    "devec.methods.merge.knots",
+    "devec.methods.merge.lines",
     "devec.methods.merge.model_stock",
     "devec.methods.merge.pcb",
     "devec.methods.merge.slerp",
+    "devec.methods.merge.star",
     "devec.methods.merge.tall_masks",
     "devec.methods.merge.task_arithmetic",
     "devec.methods.merge.ties",
+    "devec.methods.merge.tsv_c",
+    "devec.methods.merge.tsv_m",
+    "devec.methods.merge.wudi",
 )
 
 
@@ -48,6 +60,7 @@ class Method:
     ``whole``       of what: each tensor, or the model. A parameter ``scope`` of the method comes before this
     ``looks``       how often it reads everything, by the parameters (float32 inputs): for plans
     ``per_task``    True if the result is one task's model of several, not one model for all
+    ``memory``      what one whole matrix takes, where that is not a few copies of each delta
     """
 
     kind: str
@@ -62,6 +75,7 @@ class Method:
     whole: Literal["tensor", "model"] = "tensor"
     looks: Callable[[Mapping[str, Any]], int] = lambda _: 0
     per_task: bool = False
+    memory: Memory | None = None
 
     def measures_model(self, bound: Mapping[str, Any]) -> bool:
         """Whether the first pass, with these parameters, goes over the whole model."""
@@ -70,6 +84,12 @@ class Method:
     def filled(self, bound: Mapping[str, Any]) -> dict[str, Any]:
         """Every parameter: what is bound, else its default."""
         return {**{name: p.default for name, p in self.parameters.items()}, **bound}
+
+    def working_bytes(self, shape: tuple[int, int], tasks: int, parameters: Mapping[str, Any]) -> int:
+        """Bytes that one ``n x m`` matrix of T deltas takes, if they are dense; factored ones take less."""
+        if self.memory is not None:
+            return self.memory(shape, tasks, parameters)
+        return (tasks + 2) * shape[0] * shape[1] * 8  # the deltas, and two matrices of the method's own
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -99,6 +119,7 @@ def register(
     whole: Literal["tensor", "model"] = "tensor",
     looks: Callable[[Mapping[str, Any]], int] = lambda _: 0,
     per_task: bool = False,
+    memory: Memory | None = None,
 ) -> Callable[[F], F]:
     """Decorator: enter a function under ``(kind, name)``. A name taken by another function is an error."""
 
@@ -108,7 +129,8 @@ def register(
         if taken is not None and taken.call.__module__ != function.__module__:
             raise ValueError(f"method {key} is defined in {taken.call.__module__} and {function.__module__}")
         _methods[key] = Method(
-            kind, key[1], function, grain, source, needs, needs_base, keeps_rank, measure, whole, looks, per_task
+            kind, key[1], function, grain, source, needs, needs_base, keeps_rank, measure, whole, looks, per_task,
+            memory,
         )
         return function
 
