@@ -40,10 +40,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Plain:
     known: dict[tuple[str, str], dict[str, bytes]] = {}
 
     def written(subject: Subject, world: World) -> dict[str, bytes]:
-        if (subject.name, world.name) not in known:
+        if (subject.title, world.name) not in known:
             folder = tmp_path_factory.mktemp("plain")
             assert run([*subject.command(world, folder), "--workers", "1"]) == 0
-            known[subject.name, world.name] = tree(folder)
-        return known[subject.name, world.name]
+            known[subject.title, world.name] = tree(folder)
+        return known[subject.title, world.name]
 
     return written

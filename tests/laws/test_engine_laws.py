@@ -16,12 +16,12 @@ from devec.cli.main import run
 from devec.core.lazy import row_blocks
 from devec.io.journal import Finished, Journal
 from devec.methods import registry
-from laws.trials import COMMANDS, PARTS, REGISTERED, SETTINGS, SUBJECTS, WORLDS, Plain, Subject, tree
+from laws.trials import COMMANDS, PARTS, REGISTERED, SETTINGS, SUBJECTS, VARIANTS, WORLDS, Plain, Subject, tree
 from laws.worlds import SHAPES, World
 
 pytestmark = pytest.mark.usefixtures("trial_methods")
 each_world = pytest.mark.parametrize("world", WORLDS, indirect=True)
-each_subject = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: f"{s.kind}-{s.name}")
+each_subject = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.title)
 
 
 def same(folder: Path, expected: dict[str, bytes]) -> None:
@@ -169,11 +169,11 @@ def test_workers_of_a_ray_cluster(
     """Every method in one test, so that a cluster, which takes seconds, is started once however tests are divided."""
     with a_ray_cluster():
         unlike = []
-        for subject, world in itertools.product([*REGISTERED, *PARTS], worlds.values()):
+        for subject, world in itertools.product([*REGISTERED, *VARIANTS, *PARTS], worlds.values()):
             folder = tmp_path_factory.mktemp("ray")  # as deep as the plain one: artifacts hold relative paths
             code = run([*subject.command(world, folder), "--executor", "ray"])
             if code != 0 or tree(folder) != plain(subject, world):
-                unlike.append((subject.kind, subject.name, world.name))
+                unlike.append((subject.title, world.name))
         assert unlike == []
         relative_paths_are_read_as_by_threads(worlds["checkpoints"], tmp_path_factory.mktemp("relative"), monkeypatch)
         an_error_is_one_line(worlds["checkpoints"], tmp_path_factory.mktemp("error"), capfd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,7 @@ from devec.core.block import Block
 from devec.core.delta import DenseDelta
 from devec.core.layout import Layout
 from devec.io.checkpoint import checkpoint_from_state_dict
-from devec.methods import registry
-from laws.trials import GRAINS, SETTINGS, SUBJECTS, WORLDS, Plain, Subject
+from laws.trials import SUBJECTS, TAKES, WORLDS, Plain, Subject, prepared
 from laws.worlds import SHAPES, World
 
 pytestmark = pytest.mark.usefixtures("trial_methods")
@@ -37,12 +37,12 @@ def written_by(plain: Plain, subject: Subject, world: World) -> dict[str, Tensor
     return {n: t for f, data in files.items() if f.endswith(".safetensors") for n, t in load(data).items()}
 
 
-def vectors_of(world: World, base: object) -> list[devec.TaskVector]:
-    """The pool of a world, checkpoints as state dicts."""
+def vectors_of(world: World, base: object, sources: Sequence[Path] = ()) -> list[devec.TaskVector]:
+    """The pool of a world (or some of its sources), checkpoints as state dicts."""
     return [
         devec.load(path, base=base) if (path / "adapter_config.json").exists()
         else devec.extract(base, state(path), name=path.name)
-        for path in world.sources
+        for path in sources or world.sources
     ]  # fmt: skip
 
 
@@ -55,11 +55,11 @@ def equal(a: Tensor, b: Tensor) -> bool:
 
 
 @each_world
-@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.kind == "merge"], ids=lambda s: s.name)
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.kind == "merge"], ids=lambda s: s.title)
 def test_a_merge_in_memory_is_what_is_streamed(subject: Subject, world: World, plain: Plain) -> None:
     base = in_memory(world)
-    parameters = dict(item.split("=") for item in SETTINGS.get(subject.name, ()))
-    merged = devec.merge(subject.name, vectors_of(world, base), base=base, parameters=parameters)
+    vectors = vectors_of(world, base, subject.sources(world))
+    merged = devec.merge(subject.name, vectors, base=base, parameters=subject.parameters)
     model = devec.apply(base, merged.vector)
     assert isinstance(model, Edited)
     written, made = written_by(plain, subject, world), model.state_dict()
@@ -96,33 +96,36 @@ def test_a_merge_of_checkpoints_is_its_formula_on_whole_tensors(
 
 # --- any split of the rows -------------------------------------------------------------------------------------------
 
-ELEMENTS = [s for s in SUBJECTS if s.kind == "merge" and (
-    GRAINS[s.name][0] if s.local else registry.get("merge", s.name).grain) == "elements"]  # fmt: skip
+ELEMENTS = [s for s in SUBJECTS if s.kind == "merge" and s.method.grain == "elements"]
 
 
-@pytest.mark.parametrize("subject", ELEMENTS, ids=lambda s: s.name)
+@pytest.mark.parametrize("subject", ELEMENTS, ids=lambda s: s.title)
 @given(data=st.data())
 @settings(max_examples=25)
 def test_a_method_of_elements_gives_the_same_bits_in_any_split(subject: Subject, data: st.DataObject) -> None:
     """The method itself, whatever rows and columns it is given at once."""
-    method = GRAINS[subject.name][1] if subject.local else registry.get("merge", subject.name).call
+    method, given = subject.method, subject.parameters
     n, m = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 70))
     cuts = sorted({0, n, *data.draw(st.lists(st.integers(0, n), max_size=5))})
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     whole = Block(
-        "w", Layout((n, m)), ("A", "B", "C"),
-        tuple(DenseDelta(torch.randn(n, m, generator=g)) for _ in "ABC"),
+        "w", Layout((n, m)), tuple("ABC")[: TAKES.get(subject.name)],
+        tuple(DenseDelta(torch.randn(n, m, generator=g)) for _ in "ABC")[: TAKES.get(subject.name)],
     )  # fmt: skip
-    once = method(whole).dense()
-    pieces = [method(whole.rows(a, b)).dense() for a, b in itertools.pairwise(cuts)]
+    once = method.call(whole, **given).dense()
+    whole = prepared(method, whole, given)
+    pieces = [method.call(whole.rows(a, b), **given).dense() for a, b in itertools.pairwise(cuts)]
     assert torch.equal(torch.cat(pieces), once)
+    flipped = Block("w", Layout((m, n), transposed=True), whole.vectors, whole.deltas, stats=whole.stats).in_file()
+    assert torch.equal(method.call(flipped, **given).dense().T, once), "which way the file lies changes a bit"
 
 
-@pytest.mark.parametrize("subject", ELEMENTS, ids=lambda s: s.name)
+@pytest.mark.parametrize("subject", ELEMENTS, ids=lambda s: s.title)
 def test_rows_of_a_merge_are_rows_of_the_whole(subject: Subject, worlds: dict[str, World]) -> None:
     """From the files, through any stretch of rows: for changes that are stored dense, no bit depends on the stretch."""
     world, choice = worlds["checkpoints"], random.Random(0)
-    merged = devec.merge(subject.name, list(world.sources), base=world.base)
+    sources = list(subject.sources(world))
+    merged = devec.merge(subject.name, sources, base=world.base, parameters=subject.parameters)
     model = devec.apply(world.base, merged.vector)
     assert isinstance(model, Edited)
     for name, (shape, _) in SHAPES.items():

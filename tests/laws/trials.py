@@ -6,9 +6,10 @@ methods made here have grains that no registered one has today, so that the engi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,14 @@ from devec.core.block import Block
 from devec.core.contracts import Grain
 from devec.core.delta import Delta, DenseDelta
 from devec.methods import registry
+from devec.methods.merge.entries import Alone
 from laws.worlds import World
 
-SETTINGS: dict[str, tuple[str, ...]] = {}
+SETTINGS: dict[str, tuple[str, ...]] = {"emr": ("task=1",), "slerp": ("t=0.3",), "tall-masks": ("task=1",)}
 """Merge method -> KEY=VALUE of the parameters that it cannot do without."""
+
+TAKES = {"slerp": 2}
+"""Merge method -> how many models it takes, if not any number."""
 
 COMMANDS = {"shared-unique": ("decompose", "--one-d", "--device", "cpu")}
 """Decomposition -> its command."""
@@ -36,19 +41,42 @@ class Subject:
     kind: str
     name: str
     local: bool = False
+    more: tuple[str, ...] = ()
+    """KEY=VALUE of a merge method, beside those of ``SETTINGS``."""
+
+    @property
+    def title(self) -> str:
+        return "-".join((self.kind, self.name, *self.more))
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        return (*SETTINGS.get(self.name, ()), *self.more)
+
+    @property
+    def method(self) -> registry.Method:
+        """The method, also where it is made here."""
+        if self.local:
+            return registry.Method("merge", self.name, GRAINS[self.name][1], GRAINS[self.name][0], "here")
+        return registry.get(self.kind, self.name)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return registry.bind(self.method, dict(item.split("=") for item in self.settings))
+
+    def sources(self, world: World) -> tuple[Path, ...]:
+        return world.sources[: TAKES.get(self.name)]
 
     def command(self, world: World, folder: Path) -> list[str]:
         """Everything but how to run it; the output is the one thing in ``folder``."""
         if self.kind == "merge":
-            settings = [word for item in SETTINGS.get(self.name, ()) for word in ("--set", item)]
+            settings = [word for item in self.settings for word in ("--set", item)]
             words = ["merge", "--method", self.name, *settings, "--shard-size", "600KB", "-o", str(folder / world.out)]
-        elif self.kind == "apply":
+            return [*words, *map(str, self.sources(world)), "--base", str(world.base), "-q"]
+        if self.kind == "apply":
             part = f"{world.artifact}#{self.name}:{world.sources[0].name}"
             words = ["apply", "--base", str(world.base), "--add", "0.7", part, "--shard-size", "600KB", "-q"]
             return [*words, "-o", str(folder / world.out)]
-        else:
-            words = [*COMMANDS[self.name], "-o", str(folder / "out")]
-        return [*words, *world.words, "-q"]
+        return [*COMMANDS[self.name], "-o", str(folder / "out"), *world.words, "-q"]
 
 
 # --- methods of every grain ------------------------------------------------------------------------------------------
@@ -84,12 +112,25 @@ GRAINS: dict[str, tuple[Grain, Callable[[Block], Delta]]] = {
     "trial-tensor": ("tensor", trial_matrix),
 }
 REGISTERED = [Subject(m.kind, m.name) for m in registry.all_methods()]
+VARIANTS = [
+    Subject("merge", "ties", more=("scope=model", "zero=majority")),
+    Subject("merge", "dare", more=("then=ties", "rescale=l1")),
+]
+"""Ways through the engine that no default takes: a pass over the model, sums over a tensor that is being written."""
 PARTS = [Subject("apply", "unique"), Subject("apply", "shared")]
-SUBJECTS = [*REGISTERED, *PARTS, *(Subject("merge", name, local=True) for name in GRAINS)]
+SUBJECTS = [*REGISTERED, *VARIANTS, *PARTS, *(Subject("merge", name, local=True) for name in GRAINS)]
 WORLDS = ["checkpoints", "adapters", "both"]
 
 Plain = Callable[[Subject, World], dict[str, bytes]]
 """What one worker writes, by file."""
+
+
+def prepared(method: registry.Method, block: Block, parameters: Mapping[str, Any]) -> Block:
+    """The block with what the method's first pass over it finds, so that its rows can be merged alone."""
+    if method.measure is None:
+        return block
+    found = method.measure(Alone(block), **method.filled(parameters))
+    return replace(block, stats={"measured": found})
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -15,11 +15,13 @@ from devec.api.extract import to_lora
 from devec.api.output import Saving, edited, heads_from, save_model, save_vector
 from devec.api.references import ViewLike, existing, load_pool, open_model, parse
 from devec.api.sources import hub_of, public_name
+from devec.api.whole import WholeModel, WholeTensor, by_blocks, find
 from devec.core.block import Block
 from devec.core.contracts import TensorInfo, TensorSource
-from devec.core.delta import Delta
+from devec.core.delta import Delta, DenseDelta
 from devec.core.errors import InputError, UsageError
-from devec.core.lazy import LazyDelta, is_dense
+from devec.core.layout import Layout
+from devec.core.lazy import BLOCK, LazyDelta, is_dense, once
 from devec.core.results import Finding
 from devec.core.vectors import LazyMap, Pool, TaskVector, cost_of
 from devec.io.adapters import is_adapter
@@ -27,6 +29,7 @@ from devec.io.artifact import artifact_kind
 from devec.io.hub_id import HubFolder
 from devec.io.model_folder import WrittenModel
 from devec.io.names import Selection
+from devec.linalg.select import BINS
 from devec.methods import registry
 
 
@@ -114,10 +117,13 @@ class Compression:
 class Merged:
     """The merged vector (lazy), its pool, and the base it stands on (``None``: adapters only)."""
 
+    method: str
     vector: TaskVector
     pool: Pool
     base: TensorSource | None
     findings: tuple[Finding, ...] = ()
+    statistics: Callable[[], Any] | None = None
+    """What the method's pass over the model finds, made when first asked for; ``None`` if it takes none."""
 
     @property
     def reference_base(self) -> TensorSource | None:
@@ -134,8 +140,13 @@ def merge(
     view: ViewLike = None,
     selection: Selection | None = None,
     dtype: torch.dtype = torch.float32,
+    workers: int | None = None,
+    statistics: Any = None,
 ) -> Merged:
     """Run a registered merge method block by block, lazily.
+
+    ``workers`` threads take the pass over the whole model that some methods need (all cores by default);
+    ``statistics`` is what that pass found in another process, which is then not taken here.
 
     Raises UsageError for an unknown method or parameter (with a suggestion), and when the method needs a base that is
     not given.
@@ -155,8 +166,12 @@ def merge(
             )
         under = ZeroBase(open_model(sources[0]), selection or Selection())
     pool, notes = load_pool(sources, base=under, dtype=dtype, selection=selection, view=view)
-    vector = merged_vector(chosen, pool, bound)
-    return Merged(vector, pool, under, tuple(notes))
+    _try_parameters(chosen, pool, bound)
+    found: Callable[[], Any] | None = None
+    if chosen.measures_model(bound):
+        known = statistics is not None
+        found = once(lambda: statistics if known else find(chosen, WholeModel(pool, chosen, workers), bound))
+    return Merged(chosen.name, merged_vector(chosen, pool, bound, found), pool, under, tuple(notes), found)
 
 
 def _is_checkpoint(source: str | Path | TaskVector) -> bool:
@@ -169,11 +184,16 @@ def _is_checkpoint(source: str | Path | TaskVector) -> bool:
     return not (path.is_dir() and artifact_kind(path)) and (ref.base is not None or not is_adapter(path))
 
 
-def merged_vector(method: registry.Method, pool: Pool, parameters: Mapping[str, Any]) -> TaskVector:
-    """The method's result as a lazy task vector over every tensor that any vector touches."""
+def merged_vector(
+    method: registry.Method, pool: Pool, parameters: Mapping[str, Any], model: Callable[[], Any] | None = None
+) -> TaskVector:
+    """The method's result as a lazy task vector over every tensor that any vector touches.
+
+    ``model`` gives what a method finds that goes over the whole model first.
+    """
 
     def make(name: str) -> Delta:
-        return merged_delta(method, pool.block(name), parameters)
+        return merged_delta(method, pool.block(name), parameters, model)
 
     first = pool[0]
     names = pool.tensors()
@@ -181,10 +201,12 @@ def merged_vector(method: registry.Method, pool: Pool, parameters: Mapping[str, 
 
     def cost(name: str) -> int:
         parts = sum(cost_of(v.deltas)(name) for v in pool if name in v.deltas)
-        if method.grain == "elements" or (method.grain == "rows" and not pool.layout(name).transposed):
-            return parts
         n, m = pool.layout(name).matrix_shape
+        if by_blocks(method, Block(name, pool.layout(name), (), ())):
+            # of every vector a few copies of a block, and the counts of a selection
+            return parts + (0 if method.keeps_rank else len(pool) * (3 * max(BLOCK, m) * 8 + 3 * BINS * 8))
         return parts + (len(pool) + 2) * n * m * 8  # whole matrices, and as much again for the method's own
+
     return replace(
         first,
         name=f"{method.name}-of-{len(pool)}",
@@ -196,19 +218,35 @@ def merged_vector(method: registry.Method, pool: Pool, parameters: Mapping[str, 
     )
 
 
-def merged_delta(method: registry.Method, block: Block, parameters: Mapping[str, Any]) -> Delta:
-    """The method on one block: in blocks of rows where its grain allows that and a dense delta makes it worth while.
+def _try_parameters(method: registry.Method, pool: Pool, parameters: Mapping[str, Any]) -> None:
+    """The method on a tensor without rows: a wrong number of weights is said now and not when half is written."""
+    if method.grain in ("elements", "rows"):
+        nothing = DenseDelta(torch.zeros(0, 1))
+        method.call(Block("", Layout((0, 1)), pool.names, (nothing,) * len(pool)), **parameters)
 
-    A method of elements does not care which way a matrix lies, so blocks follow the file; one of rows does.
+
+def merged_delta(
+    method: registry.Method, block: Block, parameters: Mapping[str, Any], model: Callable[[], Any] | None = None
+) -> Delta:
+    """The method on one block: in blocks of rows where its grain allows that and the result is dense.
+
+    Of adapters a method that keeps rank is given the factors. ``model`` gives what it finds over the whole model.
     """
-    dense = [d for d in block.deltas if is_dense(d)]
-    if not dense or method.grain not in ("elements", "rows") or (method.grain == "rows" and block.layout.transposed):
+    factors = method.keeps_rank and not any(is_dense(d) for d in block.deltas)
+    if factors or not by_blocks(method, block):
+        if model is not None:
+            block = replace(block, stats={**block.stats, "measured": model()})
         whole: Delta = method.call(block, **parameters)
         return whole
     filed = block.in_file()
+    tensor = None if method.measure is None else once(lambda: find(method, WholeTensor(filed), parameters))
+    first = model or tensor
 
     def read(start: int, stop: int) -> Tensor:
-        merged: Delta = method.call(filed.rows(start, stop), **parameters)
+        part = filed.rows(start, stop)
+        if first is not None:
+            part = replace(part, stats={**part.stats, "measured": first()})
+        merged: Delta = method.call(part, **parameters)
         return merged.dense()
 
     dtype = reduce(torch.promote_types, (d.dtype for d in block.deltas if d is not None))
@@ -257,7 +295,8 @@ def save_merged(
         vector, errors = compression.apply(vector)
     elif not vector.is_low_rank():
         raise UsageError(
-            "the merge is dense and no base is given", remedy="Give --base BASE, or --rank R to write an adapter."
+            f"{merged.method} makes full matrices, which no adapter can hold, and no base is given",
+            remedy="Give --base BASE to write a checkpoint, or --rank R, --energy E or --error X to write an adapter.",
         )
     return save_vector(vector, out, saving, heads=kept), errors
 

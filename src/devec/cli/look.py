@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -159,8 +160,9 @@ def methods(name: str | None, as_json: bool, quiet: bool, verbose: bool) -> None
         show.print_json(
             [
                 {
-                    "kind": m.kind, "name": m.name, "grain": m.grain, "needs": list(m.needs),
-                    "needs_base": m.needs_base, "keeps_rank": m.keeps_rank, "source": m.source, "summary": m.summary,
+                    "kind": m.kind, "name": m.name, "grain": m.grain, "data": data_of(m.needs), "needs": list(m.needs),
+                    "needs_base": m.needs_base, "keeps_rank": m.keeps_rank, "per_task": m.per_task, "source": m.source,
+                    "summary": m.summary,
                     "parameters": {k: _default(p) for k, p in m.parameters.items()},
                     **({"page": reflection.getdoc(m.call)} if name is not None else {}),
                 }
@@ -173,11 +175,16 @@ def methods(name: str | None, as_json: bool, quiet: bool, verbose: bool) -> None
             show.say(f"{m.kind} {m.name}  ({m.source})\n\n{reflection.getdoc(m.call)}", how)
         return
     rows = [
-        (m.name, m.kind, m.grain, ", ".join(m.needs) or "weights only", "yes" if m.needs_base else "no",
-         "yes" if m.keeps_rank else "no", m.source)
+        (m.name, m.kind, m.grain, data_of(m.needs), "yes" if m.needs_base else "no", "yes" if m.keeps_rank else "no",
+         "parts" if m.kind == "decompose" else "one per task" if m.per_task else "one", m.source)
         for m in listed
     ]  # fmt: skip
-    show.table("methods", ["name", "kind", "grain", "data", "needs base", "keeps rank", "source"], rows, how)
+    show.table("methods", ["name", "kind", "grain", "data", "needs base", "keeps rank", "result", "source"], rows, how)
+
+
+def data_of(needs: Sequence[str]) -> str:
+    """What a method must be given besides weights, in words."""
+    return ", ".join(needs) or "none"
 
 
 def _default(parameter: Any) -> Any:

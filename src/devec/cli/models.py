@@ -127,7 +127,7 @@ def merge(
         "method": method, "sources": sources, "base": base, "parameters": parameters,
         "view": options.read_view(o, sources), "selection": Selection(tuple(o["include"]), tuple(o["exclude"])),
     }
-    merged = run(**given, dtype=getattr(torch, o["dtype"]))
+    merged = run(**given, dtype=getattr(torch, o["dtype"]), workers=o["workers"])
     from devec.core.findings import pool_findings
 
     notes = [*merged.findings, *pool_findings(merged.pool)]
@@ -137,13 +137,20 @@ def merge(
         {"method": method, "parameters": parameters, "rank": o["rank"], "energy": o["energy"], "error": o["error"],
          "heads_from": o["heads_from"], **options.read_time(o)},
     )
-    saving = replace(saving, job=Job("devec.api.merge.model_for", {**given, "heads": o["heads_from"], **dtypes(o)}))
+
+    def job(arguments: dict[str, Any]) -> Job:
+        return Job("devec.api.merge.model_for", {**arguments, "heads": o["heads_from"], **dtypes(o)})
+
+    saving = replace(saving, job=job(given))
     if o["dry_run"]:
         stages = []
         if merged.base is not None and not compression.asked:
             model = model_for(**given, heads=o["heads_from"], **dtypes(o))
             stages = [plan_write(model, saving.engine, saving.out_dtype)]
         return dry(output, how, stages, sources=len(merged.pool), tensors=len(merged.vector.deltas))
+    if saving.engine.executor == "ray" and merged.statistics is not None:  # found once, not by every worker
+        given["statistics"] = merged.statistics()
+        saving = replace(saving, job=job(given))
     with show.progress("merge", how) as advance:
         saving = replace(saving, progress=advance)
         written, errors = save_merged(merged, output, saving, compression=compression, heads=o["heads_from"])

@@ -17,9 +17,11 @@ from devec.core.lazy import LazyDelta
 class Block:
     """``deltas[i]`` belongs to ``vectors[i]`` and is ``None`` where that vector does not touch the tensor.
 
-    ``base``  the base weight as the matrix ``out x in``, or ``None`` when the method needs none
-    ``stats`` per-tensor statistics that a method asked for with ``needs=``: activation second moments
-              ("moments"), diagonal Fisher ("fisher"), masks ("mask")
+    ``base``      the base weight as the matrix ``out x in``, or ``None`` when the method needs none
+    ``stats``     per-tensor statistics that a method asked for with ``needs=``: activation second moments
+                  ("moments"), diagonal Fisher ("fisher"), masks ("mask"); "measured" is what its ``measure`` found
+    ``first_row`` where in the whole the rows of a part begin
+    ``flipped``   True where rows of the block are columns of the matrix (see :meth:`in_file`)
     """
 
     name: str
@@ -28,6 +30,8 @@ class Block:
     deltas: tuple[Delta | None, ...]
     base: Tensor | None = None
     stats: Mapping[str, object] = field(default_factory=dict)
+    first_row: int = 0
+    flipped: bool = False
 
     @property
     def present(self) -> list[int]:
@@ -45,6 +49,7 @@ class Block:
             layout=Layout((stop - start, self.layout.matrix_shape[1])),
             deltas=tuple(None if d is None else d.rows(start, stop) for d in self.deltas),
             base=None if self.base is None else self.base[start:stop],
+            first_row=self.first_row + start,
         )
 
     def in_file(self) -> Block:
@@ -56,6 +61,7 @@ class Block:
             layout=Layout(self.layout.shape),
             deltas=tuple(None if d is None else d.transpose() for d in self.deltas),
             base=None if self.base is None else self.base.T,
+            flipped=not self.flipped,
         )
 
     def on(self, device: torch.device) -> Block:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -74,6 +74,28 @@ class BlockMethod(Protocol):
 
 S = TypeVar("S")
 R = TypeVar("R")
+L = TypeVar("L")
+
+
+class Whole(Protocol):
+    """Every row of one tensor, or of every tensor of a model, for a method that must see all before it changes any.
+
+    ``whole(look)`` gives ``look(blocks)`` of each tensor, in the order of the names; ``blocks`` are its blocks of rows
+    in order, as the second pass will be given them. It may be called as often as the method wants to look.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest dtype of any delta."""
+        ...
+
+    def __call__(self, look: Callable[[Iterable[Block]], L]) -> Iterator[L]: ...
+
+
+Measure = Callable[..., Any]
+"""The first pass of a merge method: ``measure(whole, **parameters)``, small statistics of the whole, found before any
+part is merged. It is called with a :class:`Whole` and every parameter of the method. What it returns is handed to the
+method as ``block.stats["measured"]``, and to other processes as an argument: numbers, lists and mappings of numbers."""
 
 
 class TwoPassMethod(Protocol[S, R]):

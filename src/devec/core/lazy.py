@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from math import prod
 from threading import Lock
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from devec.core.delta import Delta, DenseDelta, LowRankDelta, same_shape
+
+V = TypeVar("V")
 
 BLOCK = 1 << 18
 """Elements in a block of rows. A constant, because a product of factors may round otherwise in blocks of another size.
@@ -123,15 +126,7 @@ class LazyDelta(Delta):
     def _onto(self, basis: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
         """The basis in the wider dtype, and ``Z^T W``, which is made once, when it is first asked for."""
         Z = basis.to(torch.promote_types(basis.dtype, self._dtype))
-        lock, made = Lock(), list[Tensor]()
-
-        def core() -> Tensor:
-            with lock:
-                if not made:
-                    made.append(self._core(Z))
-            return made[0]
-
-        return Z, core
+        return Z, once(lambda: self._core(Z))
 
     def _core(self, Z: Tensor) -> Tensor:
         if self.transposed:
@@ -149,6 +144,19 @@ def _alone(rows: Tensor, Z: Tensor) -> Tensor:
 
 def _without(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return torch.addmm(rows, left, right, alpha=-1.0)
+
+
+def once(make: Callable[[], V]) -> Callable[[], V]:
+    """``make``, run when it is first asked for and not again; other threads wait for it. An error is not kept."""
+    lock, made = Lock(), list[V]()
+
+    def get() -> V:
+        with lock:
+            if not made:
+                made.append(make())
+        return made[0]
+
+    return get
 
 
 def in_file(delta: Delta, transposed: bool) -> Delta:

@@ -39,10 +39,13 @@ def ordered_map(
     An exception (or Ctrl-C) cancels the jobs that have not begun and is raised as it is.
     """
     with one_blas_thread():
-        return list(_mapped(function, jobs, workers or default_workers(), progress))
+        return list(in_order(function, jobs, workers or default_workers(), progress))
 
 
-def _mapped(function: Callable[[T], R], jobs: Sequence[T], workers: int, progress: Progress) -> Iterator[R]:
+def in_order(
+    function: Callable[[T], R], jobs: Sequence[T], workers: int, progress: Progress = silent
+) -> Iterator[R]:
+    """:func:`ordered_map` one result at a time, at most two jobs a worker ahead; BLAS threads are the caller's."""
     total = len(jobs)
     if workers <= 1:
         for i, job in enumerate(jobs):

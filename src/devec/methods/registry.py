@@ -7,13 +7,13 @@ calls :func:`register`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from devec.core.contracts import Grain
+from devec.core.contracts import Grain, Measure
 from devec.core.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -21,7 +21,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 BUILT_IN = (
     "devec.methods.decompose.shared_unique",
     "devec.methods.merge.average",
+    "devec.methods.merge.breadcrumbs",
+    "devec.methods.merge.consensus",
+    "devec.methods.merge.dare",
+    "devec.methods.merge.della",
+    "devec.methods.merge.emr",
+    "devec.methods.merge.model_stock",
+    "devec.methods.merge.pcb",
+    "devec.methods.merge.slerp",
+    "devec.methods.merge.tall_masks",
     "devec.methods.merge.task_arithmetic",
+    "devec.methods.merge.ties",
 )
 
 
@@ -34,6 +44,9 @@ class Method:
     ``needs_base``  False if it also works on weights without a base (deltas against zero)
     ``keeps_rank``  True if factored deltas in give a factored delta out
     ``source``      where it was published
+    ``measure``     a first pass over the whole (see ``core.contracts.Measure``), for methods that are given parts
+    ``whole``       of what: each tensor, or the model. A parameter ``scope`` of the method comes before this
+    ``per_task``    True if the result is one task's model of several, not one model for all
     """
 
     kind: str
@@ -44,6 +57,17 @@ class Method:
     needs: tuple[str, ...] = ()
     needs_base: bool = True
     keeps_rank: bool = False
+    measure: Measure | None = None
+    whole: Literal["tensor", "model"] = "tensor"
+    per_task: bool = False
+
+    def measures_model(self, bound: Mapping[str, Any]) -> bool:
+        """Whether the first pass, with these parameters, goes over the whole model."""
+        return self.measure is not None and self.filled(bound).get("scope", self.whole) == "model"
+
+    def filled(self, bound: Mapping[str, Any]) -> dict[str, Any]:
+        """Every parameter: what is bound, else its default."""
+        return {**{name: p.default for name, p in self.parameters.items()}, **bound}
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -69,6 +93,9 @@ def register(
     needs: tuple[str, ...] = (),
     needs_base: bool = True,
     keeps_rank: bool = False,
+    measure: Measure | None = None,
+    whole: Literal["tensor", "model"] = "tensor",
+    per_task: bool = False,
 ) -> Callable[[F], F]:
     """Decorator: enter a function under ``(kind, name)``. A name taken by another function is an error."""
 
@@ -77,7 +104,9 @@ def register(
         taken = _methods.get(key)
         if taken is not None and taken.call.__module__ != function.__module__:
             raise ValueError(f"method {key} is defined in {taken.call.__module__} and {function.__module__}")
-        _methods[key] = Method(kind, key[1], function, grain, source, needs, needs_base, keeps_rank)
+        _methods[key] = Method(
+            kind, key[1], function, grain, source, needs, needs_base, keeps_rank, measure, whole, per_task
+        )
         return function
 
     return enter

@@ -1,0 +1,184 @@
+"""What elementwise merges have in common: the entries of all vectors, elections of signs, and checks of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from devec.core.block import Block
+from devec.core.contracts import Measure, Whole
+from devec.core.delta import DenseDelta
+from devec.core.errors import InputError, UsageError
+from devec.linalg.numerics import NonFiniteError, compute_dtype, peak
+from devec.linalg.select import BINS, descend, digits, float_of, histogram
+
+L = TypeVar("L")
+Elect = Literal["sum", "count"]
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A block that was given whole: the :class:`~devec.core.contracts.Whole` of a method that is called by hand."""
+
+    block: Block
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return dtype_of(self.block)
+
+    def __call__(self, look: Callable[[Iterable[Block]], L]) -> Iterator[L]:
+        yield look([self.block])
+
+
+def measured(block: Block, measure: Measure, **parameters: Any) -> Any:
+    """What the first pass found; a block that comes without is the whole, and is measured here."""
+    return block.stats["measured"] if "measured" in block.stats else measure(Alone(block), **parameters)
+
+
+def dtype_of(block: Block) -> torch.dtype:
+    return reduce(torch.promote_types, (d.dtype for d in block.deltas if d is not None))
+
+
+def stack(block: Block) -> Tensor:
+    """``(T, n, m)``: the entries of every vector in float32 or wider, zeros where one lacks the tensor; a copy.
+
+    Raises InputError for NaN or infinity: comparisons and masks would drop it in silence.
+    """
+    dtype = compute_dtype(dtype_of(block))
+    out = torch.zeros(len(block.deltas), *block.layout.matrix_shape, dtype=dtype)
+    for i, delta in enumerate(block.deltas):
+        if delta is None:
+            continue
+        out[i] = delta.dense()
+        try:
+            peak(out[i])
+        except NonFiniteError as error:
+            raise InputError(
+                f"NaN or infinity in {block.vectors[i]}", tensor=block.name, values={"bad entries": error.reason},
+                remedy="Repair the file, or leave the tensor out with --exclude.",
+            ) from None
+    return out
+
+
+def merged(block: Block, value: Tensor) -> DenseDelta:
+    """The result in the dtype of the deltas."""
+    return DenseDelta(value.to(dtype_of(block)))
+
+
+def total(entries: Tensor) -> Tensor:
+    """The sum over vectors, added one by one: no bit depends on how many entries stand beside another."""
+    out = entries[0].clone()
+    for more in entries[1:]:
+        out += more
+    return out
+
+
+def weigh(entries: Tensor, weights: Sequence[float]) -> Tensor:
+    """Each vector times its weight, in place."""
+    for entry, weight in zip(entries, weights, strict=True):
+        if weight != 1.0:
+            entry *= weight
+    return entries
+
+
+def order_statistics(
+    whole: Whole, values: Callable[[Block], Tensor], ranks: Callable[[int], Sequence[int]],
+    dtype: torch.dtype | None = None,
+) -> list[list[float]]:
+    """Of each vector, the entries of the given ranks (0 the smallest) among ``values(block)``, ``(T, n, m)``, exactly.
+
+    ``ranks(n)`` says which are wanted of n entries; an empty whole has none. ``dtype`` is that of the values (by
+    default that of the entries). Every pass reads everything once: 2 for float32, 4 for float64.
+    """
+    dtype = dtype or compute_dtype(whole.dtype)
+    prefixes: list[list[int | None]] = []
+    rests: list[list[int]] = []
+    for step in range(digits(dtype)):
+
+        def look(
+            blocks: Iterable[Block], step: int = step, prefixes: Sequence[Sequence[int | None]] = prefixes
+        ) -> Tensor | None:
+            counts: Tensor | None = None
+            for block in blocks:
+                entries = values(block).to(dtype)
+                wanted = prefixes or [[None]] * len(entries)
+                found = torch.stack([histogram(x, w, step) for x, w in zip(entries, wanted, strict=True)])
+                counts = found if counts is None else counts.add_(found)
+            return counts
+
+        sums: Tensor | None = None
+        for counts in whole(look):
+            if counts is not None:
+                sums = counts.clone() if sums is None else sums.add_(counts)
+        if sums is None or not int(sums[0, 0].sum()):
+            return []
+        if step == 0:
+            rests = [list(ranks(int(row.sum()))) for row in sums[:, 0]]
+            prefixes = [[None] * len(rest) for rest in rests]
+            sums = sums.expand(-1, len(rests[0]), BINS)
+        for vector, rest in enumerate(rests):
+            for n, rank in enumerate(rest):
+                prefixes[vector][n], rest[n] = descend(sums[vector, n], rank, prefixes[vector][n])
+    return [[float_of(int(p), dtype) for p in row if p is not None] for row in prefixes]
+
+
+def largest(whole: Whole, density: float) -> list[float]:
+    """Of each vector, the k-th largest magnitude, ``k = floor(density n)`` and at least 1; [] of an empty whole."""
+    found = order_statistics(whole, lambda block: stack(block).abs_(), lambda n: [n - kept(density, n)])
+    return [cut for (cut,) in found]
+
+
+def kept(density: float, n: int) -> int:
+    return max(int(density * n), 1)
+
+
+def elected(entries: Tensor, by: Elect = "sum") -> Tensor:
+    """-1, 0 or 1 an entry: the sign of the sum of all vectors, or of the sum of their signs."""
+    return total(entries.sign() if by == "count" else entries).sign_()
+
+
+def of_the_elected(
+    entries: Tensor, signs: Tensor, weights: Sequence[float], how: Literal["mean", "sum"] = "mean"
+) -> Tensor:
+    """Sum of the (weighted) entries that have the elected sign; ``mean`` divides by the sum of their ``|w|``."""
+    out, shares = torch.zeros_like(signs), torch.zeros_like(signs)
+    for entry, weight in zip(entries, weights, strict=True):
+        agrees = entry * signs > 0
+        out += torch.where(agrees, entry, 0.0)
+        if how == "mean":
+            shares += agrees * abs(weight)
+    return torch.where(shares > 0, out / shares, 0.0) if how == "mean" else out
+
+
+def weights_for(block: Block, weights: Sequence[float] | None, method: str) -> list[float]:
+    if weights is not None and len(weights) != len(block.deltas):
+        raise UsageError(f"{method} got {len(weights)} weights for {len(block.deltas)} vectors")
+    return [1.0] * len(block.deltas) if weights is None else list(weights)
+
+
+def index_of(block: Block, task: str, method: str) -> int:
+    """The vector of this name, or of this number counted from 1."""
+    if task in block.vectors:
+        return block.vectors.index(task)
+    if task.isdecimal() and 1 <= int(task) <= len(block.vectors):
+        return int(task) - 1
+    raise UsageError(
+        f"{method}: task={task!r} is no vector", values={"vectors": ", ".join(block.vectors)},
+        remedy="Give the name of one, or its number.",
+    )
+
+
+def within(method: str, name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    """Raises UsageError unless ``low <= value <= high`` (``low < value`` with ``open_low``)."""
+    if not (low < value if open_low else low <= value) or not value <= high:
+        raise UsageError(f"{method}: {name}={value:g} is not in {'(' if open_low else '['}{low:g}, {high:g}]")
+
+
+def one_of(method: str, name: str, value: str, *allowed: str) -> None:
+    if value not in allowed:
+        raise UsageError(f"{method}: {name}={value!r} is not one of {', '.join(allowed)}")
