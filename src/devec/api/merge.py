@@ -14,6 +14,7 @@ from torch import Tensor
 from devec.api.extract import to_lora
 from devec.api.output import Saving, edited, heads_from, save_model, save_vector
 from devec.api.references import ViewLike, existing, load_pool, open_model, parse
+from devec.api.settings import Settings, bind
 from devec.api.sources import hub_of, public_name
 from devec.api.whole import WholeModel, WholeTensor, by_blocks, find
 from devec.core.block import Block
@@ -28,7 +29,7 @@ from devec.io.adapters import is_adapter
 from devec.io.artifact import artifact_kind
 from devec.io.hub_id import HubFolder
 from devec.io.model_folder import WrittenModel
-from devec.io.names import Selection
+from devec.io.names import Selection, resolve_names
 from devec.linalg.select import BINS
 from devec.methods import registry
 
@@ -145,6 +146,7 @@ def merge(
 ) -> Merged:
     """Run a registered merge method block by block, lazily.
 
+    ``parameters`` are numbers and words, or vary over the model (see ``api.settings``).
     ``workers`` threads take the pass over the whole model that some methods need (all cores by default);
     ``statistics`` is what that pass found in another process, which is then not taken here.
 
@@ -152,7 +154,7 @@ def merge(
     not given.
     """
     chosen = registry.get("merge", method)
-    bound = registry.bind(chosen, dict(parameters or {}))
+    settings = bind(chosen, parameters or {})
     if not sources:
         raise UsageError("merge got no sources", remedy="Name at least one model or adapter.")
     under = open_model(base) if base is not None else None
@@ -166,12 +168,23 @@ def merge(
             )
         under = ZeroBase(open_model(sources[0]), selection or Selection())
     pool, notes = load_pool(sources, base=under, dtype=dtype, selection=selection, view=view)
-    _try_parameters(chosen, pool, bound)
+    common, bound = settings.whole(), _over(settings, pool, under)
+    for values in {id(values): values for values in bound.values()}.values():
+        _try_parameters(chosen, pool, values)
     found: Callable[[], Any] | None = None
-    if chosen.measures_model(bound):
+    if chosen.measures_model(common):
         known = statistics is not None
-        found = once(lambda: statistics if known else find(chosen, WholeModel(pool, chosen, workers), bound))
+        found = once(lambda: statistics if known else find(chosen, WholeModel(pool, chosen, workers), common))
     return Merged(chosen.name, merged_vector(chosen, pool, bound, found), pool, under, tuple(notes), found)
+
+
+def _over(settings: Settings, pool: Pool, base: TensorSource | None) -> dict[str, dict[str, Any]]:
+    """The parameters of every tensor of the pool; filters see the names of the base where there is one."""
+    own = pool.tensors()
+    if not settings.varying or base is None:
+        return settings.over({n: n for n in own}, own)
+    there = [*base.names(), *base.ties]
+    return settings.over(resolve_names(own, there), there)
 
 
 def _is_checkpoint(source: str | Path | TaskVector) -> bool:
@@ -185,15 +198,18 @@ def _is_checkpoint(source: str | Path | TaskVector) -> bool:
 
 
 def merged_vector(
-    method: registry.Method, pool: Pool, parameters: Mapping[str, Any], model: Callable[[], Any] | None = None
+    method: registry.Method,
+    pool: Pool,
+    parameters: Mapping[str, Mapping[str, Any]],
+    model: Callable[[], Any] | None = None,
 ) -> TaskVector:
     """The method's result as a lazy task vector over every tensor that any vector touches.
 
-    ``model`` gives what a method finds that goes over the whole model first.
+    ``parameters`` are those of each tensor; ``model`` gives what a method finds that goes over the whole model first.
     """
 
     def make(name: str) -> Delta:
-        return merged_delta(method, pool.block(name), parameters, model)
+        return merged_delta(method, pool.block(name), parameters[name], model)
 
     first = pool[0]
     names = pool.tensors()

@@ -9,7 +9,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from devec.api.settings import of_sources
 from devec.core.errors import InputError, UsageError
+from devec.methods import registry
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -27,6 +29,14 @@ class ViewRecipe(BaseModel):
     paper: bool | None = None
 
 
+class SourceRecipe(BaseModel):
+    """A source with parameters of its own, of those that take a value per source (``weight``, ``density``)."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: str
+    parameters: dict[str, Any] = {}
+
+
 class Recipe(BaseModel):
     """What ``devec merge RECIPE.yaml`` reads. Paths are relative to the working folder, as on the command line."""
 
@@ -34,7 +44,7 @@ class Recipe(BaseModel):
     version: Literal[1] = 1
     method: str
     base: str | None = None
-    sources: list[str]
+    sources: list[str | SourceRecipe]
     parameters: dict[str, Any] = {}
     include: list[str] = []
     exclude: list[str] = []
@@ -46,6 +56,17 @@ class Recipe(BaseModel):
     dtype: Literal["float32", "float64"] = "float32"
     out_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
     seed: int = 0
+
+    @property
+    def references(self) -> list[str]:
+        return [source if isinstance(source, str) else source.model for source in self.sources]
+
+    def settings(self) -> dict[str, Any]:
+        """The method's parameters with those of single sources put in. Raises UsageError for one that cannot be."""
+        own = [{} if isinstance(source, str) else source.parameters for source in self.sources]
+        if not any(own):
+            return dict(self.parameters)
+        return of_sources(registry.get("merge", self.method), self.parameters, own)
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -68,7 +89,8 @@ def read_recipe(path: str | Path) -> Recipe:
 def _explained(error: ValidationError, file: Path) -> UsageError:
     first = error.errors()[0]
     where = ".".join(str(x) for x in first["loc"])
-    known = list(ViewRecipe.model_fields if first["loc"][0] == "view" else Recipe.model_fields)
+    inside: dict[str, type[BaseModel]] = {"view": ViewRecipe, "sources": SourceRecipe}
+    known = list(inside.get(str(first["loc"][0]), Recipe).model_fields)
     if first["type"] == "extra_forbidden":
         near = get_close_matches(str(first["loc"][-1]), known, n=1)
         remedy = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}."

@@ -119,7 +119,7 @@ def merge(
         key, sign, value = item.partition("=")
         if not sign:
             raise UsageError(f"--set {item!r} is not KEY=VALUE")
-        parameters[key] = value
+        parameters[key] = _typed(key, value)
     options.check_place(output, o["overwrite"], [base, *sources])
     compression = Compression(o["rank"], o["energy"], o["error"])
     o["dtype"] = o.get("dtype") or "float32"
@@ -158,6 +158,20 @@ def merge(
     show.wrote(output, written, how, {"error": errors} if errors else None)
 
 
+def _typed(key: str, text: str) -> Any:
+    """The text of --set, or what it means where it is written as a list or entries: ``[{filter: mlp, value: 1}]``."""
+    if not text.startswith(("[", "{")):
+        return text
+    import yaml
+
+    from devec.core.errors import UsageError
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {key}: not YAML: {' '.join(str(error).split())}") from None
+
+
 def _from_recipe(
     sources: tuple[str, ...], base: str | None, settings: tuple[str, ...], o: dict[str, Any]
 ) -> tuple[tuple[str, ...], str, str | None, dict[str, Any], dict[str, Any]]:
@@ -178,7 +192,7 @@ def _from_recipe(
     for key, value in recipe.view.model_dump(exclude_none=True).items():
         if merged.get(key) is None:
             merged[key] = value
-    return tuple(recipe.sources), recipe.method, base or recipe.base, dict(recipe.parameters), merged
+    return tuple(recipe.references), recipe.method, base or recipe.base, recipe.settings(), merged
 
 
 @click.command()
