@@ -90,7 +90,7 @@ class Settings:
         """
         if not self.varying:
             fixed = dict(self.fixed)
-            return {name: fixed for name in tensors}
+            return dict.fromkeys(tensors, fixed)
         where = places(dict.fromkeys([*model, *tensors.values()]))
         deepest = max((place.stop for place in where.values()), default=0)
         for name, setting in self.varying.items():
