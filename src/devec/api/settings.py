@@ -233,7 +233,7 @@ def _check(method: Method, name: str, setting: Any, several: bool) -> None:
         return
     if not setting:
         raise wrong("is an empty list")
-    if any(isinstance(x, Mapping) and "gradient" not in x for x in setting) and (_is_cases(setting) or not several):
+    if _is_cases(setting) or (not several and any(isinstance(x, Mapping) for x in setting)):
         for case in setting:
             if not isinstance(case, Mapping) or "value" not in case or set(case) - _CASE:
                 raise wrong(f"has an entry that cannot be read: {case}")
