@@ -9,8 +9,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from devec.api import mergekit
 from devec.api.settings import of_sources
 from devec.core.errors import InputError, UsageError
+from devec.core.results import Finding
 from devec.methods import registry
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -56,6 +58,18 @@ class Recipe(BaseModel):
     dtype: Literal["float32", "float64"] = "float32"
     out_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
     seed: int = 0
+    _notes: tuple[Finding, ...] = ()
+    _chat_template: str | None = None
+
+    @property
+    def notes(self) -> tuple[Finding, ...]:
+        """What is worth saying of the file that was read."""
+        return self._notes
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template that a file of mergekit asks for."""
+        return self._chat_template
 
     @property
     def references(self) -> list[str]:
@@ -70,7 +84,10 @@ class Recipe(BaseModel):
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """Parse a recipe. Raises InputError if it cannot be read, UsageError (naming key and remedy) if it is wrong."""
+    """Parse a recipe, or a file of mergekit (known by its key ``merge_method``).
+
+    Raises InputError if it cannot be read, UsageError (naming key and remedy) if it is wrong.
+    """
     file = Path(path)
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -80,10 +97,21 @@ def read_recipe(path: str | Path) -> Recipe:
         raise InputError(f"the recipe is not YAML: {' '.join(str(error).split())}", file=file) from None
     if not isinstance(data, dict):
         raise UsageError("a recipe is a mapping with method and sources", file=file)
+    if mergekit.is_mergekit(data):
+        return _from_mergekit(mergekit.read(data, file))
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise _explained(error, file) from None
+
+
+def _from_mergekit(plan: mergekit.Plan) -> Recipe:
+    recipe = Recipe.model_validate({
+        "method": plan.method, "base": plan.base, "sources": list(plan.sources), "parameters": dict(plan.parameters),
+        "dtype": plan.dtype, "out_dtype": plan.out_dtype,
+    })  # fmt: skip
+    recipe._notes, recipe._chat_template = plan.notes, plan.chat_template
+    return recipe
 
 
 def _explained(error: ValidationError, file: Path) -> UsageError:

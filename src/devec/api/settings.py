@@ -157,7 +157,7 @@ def of_sources(
     for key, name in names.items():
         common = out.get(name, method.parameters[name].default)
         common = 1.0 if common is None else common
-        each = common if isinstance(common, list) and not _is_cases(common) else [common] * len(own)
+        each = common if isinstance(common, list) and not is_cases(common) else [common] * len(own)
         if len(each) != len(own):
             raise UsageError(f"{method.name} got {len(each)} {name} for {len(own)} sources")
         out[name] = [
@@ -171,7 +171,7 @@ def first_of(setting: Any, otherwise: Any) -> Any:
     """One vector's setting, and what holds where no entry of it fits. A list is a gradient here."""
     if isinstance(setting, Mapping) and "value" in setting:
         setting = [setting]
-    if _is_cases(setting):
+    if is_cases(setting):
         return [*setting, {"value": otherwise}]
     return {"gradient": setting} if isinstance(setting, list) else setting
 
@@ -202,7 +202,7 @@ def _is_number(value: Any) -> bool:
     return not isinstance(value, bool)
 
 
-def _is_cases(setting: Any) -> bool:
+def is_cases(setting: Any) -> bool:
     return isinstance(setting, list) and bool(setting) and all(isinstance(x, Mapping) and "value" in x for x in setting)
 
 
@@ -233,7 +233,7 @@ def _check(method: Method, name: str, setting: Any, several: bool) -> None:
         return
     if not setting:
         raise wrong("is an empty list")
-    if _is_cases(setting) or (not several and any(isinstance(x, Mapping) for x in setting)):
+    if is_cases(setting) or (not several and any(isinstance(x, Mapping) for x in setting)):
         for case in setting:
             if not isinstance(case, Mapping) or "value" not in case or set(case) - _CASE:
                 raise wrong(f"has an entry that cannot be read: {case}")
@@ -265,7 +265,7 @@ def _value(setting: Any, place: Place, several: bool) -> Any:
         setting = [setting]
     if not isinstance(setting, list):
         return setting
-    if _is_cases(setting):
+    if is_cases(setting):
         for case in setting:
             inside = _fits(case, place)
             found = _NOTHING if inside is None else _value(case["value"], inside, several)
@@ -302,9 +302,9 @@ def _samples(setting: Any, several: bool) -> Iterator[Any]:
     """Every value that stands in the setting, as the parameter may be given it."""
     if isinstance(setting, Mapping):
         yield from _samples(setting["value"] if "value" in setting else setting["gradient"], several)
-    elif _is_cases(setting) or (isinstance(setting, list) and (not several or _varies(setting, several))):
+    elif is_cases(setting) or (isinstance(setting, list) and (not several or _varies(setting, several))):
         for one in setting:
-            for value in _samples(one, several if _is_cases(setting) else False):
+            for value in _samples(one, several if is_cases(setting) else False):
                 yield [value] if several and not isinstance(value, list) else value
     else:
         yield setting

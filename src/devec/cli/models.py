@@ -130,7 +130,7 @@ def merge(
     merged = run(**given, dtype=getattr(torch, o["dtype"]), workers=o["workers"])
     from devec.core.findings import pool_findings
 
-    notes = [*merged.findings, *pool_findings(merged.pool)]
+    notes = [*o.get("notes", ()), *merged.findings, *pool_findings(merged.pool)]
     show.warn([n.as_dict() for n in notes], strict=o["strict"])
     saving = saving_of(
         "merge", o,
@@ -186,7 +186,7 @@ def _from_recipe(
     for key in ("rank", "energy", "error", "heads_from", "out_dtype", "dtype"):
         if merged.get(key) is None:
             merged[key] = getattr(recipe, key)
-    merged["seed"] = recipe.seed
+    merged["seed"], merged["notes"] = recipe.seed, recipe.notes
     for key in ("include", "exclude"):
         merged[key] = tuple(merged[key]) or tuple(getattr(recipe, key))
     for key, value in recipe.view.model_dump(exclude_none=True).items():
