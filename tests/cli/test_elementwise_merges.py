@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fixtures_models import Models, Runner, deltas, refused, same, weights
 from reference import elementwise as plain
@@ -143,7 +143,7 @@ def test_slerp_of_whole_models_needs_no_base(devec: Runner, llama: Models) -> No
 
 @pytest.mark.parametrize(("method", "setting", "said"), [
     ("ties", "density=2", "density=2 is not in (0, 1]"), ("ties", "scope=layer", "scope='layer'"),
-    ("ties", "weights=1,2,3", "3 weights for 2 vectors"), ("dare", "p=1", "dare: 1 - p=0"),
+    ("ties", "weights=1,2,3", "3 weights for 2 vectors"), ("dare", "p=1", "dare: p=1 is not in [0, 1)"),
     ("tall-masks", "task=z", "task='z' is no vector"), ("emr", "tsk=a", "Did you mean task?"),
     ("slerp", "t=2", "t=2 is not in [0, 1]"), ("pcb", "ratio=0", "ratio=0"),
 ])  # fmt: skip
@@ -160,6 +160,31 @@ def test_what_has_no_default_is_asked_for(devec: Runner, llama: Models, method: 
     missing = "t" if method == "slerp" else "task"
     refused(devec("merge", "--method", method, "--base", llama.base, llama.a, llama.b, "-o", "out", code=2),
             f"{method} needs {missing}", "--set KEY=VALUE")  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.split()[0] not in ("slerp", "model-stock")])
+def test_an_entry_that_is_no_number_is_found_and_its_file_named(devec: Runner, llama: Models, case: str) -> None:
+    """Comparisons with NaN are false: a mask alone would drop it and say nothing."""
+    tensors = load_file(f"{llama.b}/model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 4] = float("nan")
+    save_file(tensors, "b.safetensors", {"format": "pt"})
+    said = devec(*words(case), "--base", llama.base, llama.a, "b.safetensors", "-o", "out", code=3)
+    refused(said, "NaN or infinity in b", name, "b.safetensors")
+
+
+def test_a_recipe_s_seed_is_the_method_s(devec: Runner, llama: Models) -> None:
+    text = f"method: dare\nbase: {llama.base}\nsources: [{llama.a}, {llama.b}]\n"
+    for seed in (0, 7):
+        Path(f"{seed}.yaml").write_text(f"{text}seed: {seed}\n")
+        devec("merge", f"{seed}.yaml", "-o", f"recipe-{seed}")
+        settings = ["--set", f"seed={seed}"]
+        devec("merge", "--method", "dare", "--base", llama.base, llama.a, llama.b, *settings, "-o", f"words-{seed}")
+        same(weights(f"recipe-{seed}"), weights(f"words-{seed}"), 0.0)
+    W = [weights(f"recipe-{seed}") for seed in (0, 7)]
+    assert any(not np.array_equal(W[0][n], W[1][n]) for n in W[0])
+    devec("merge", "7.yaml", "--set", "seed=0", "-o", "over")
+    same(weights("over"), W[0], 0.0)
 
 
 def test_methods_say_what_they_need(devec: Runner) -> None:

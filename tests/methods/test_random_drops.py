@@ -162,7 +162,7 @@ def test_a_vector_is_one_row_to_della() -> None:
 
 
 @pytest.mark.parametrize(("method", "words", "said"), [
-    ("dare", {"p": 1.0}, "1 - p=0"), ("dare", {"p": -0.1}, "1 - p=1.1"), ("dare", {"then": "tie"}, "then='tie'"),
+    ("dare", {"p": 1.0}, "p=1 is not"), ("dare", {"p": -0.1}, "p=-0.1 is not"), ("dare", {"then": "tie"}, "then='tie'"),
     ("dare", {"rescale": "l2"}, "rescale='l2'"), ("dare", {"weights": [1.0]}, "1 weights for 2"),
     ("della", {"density": 0.1, "epsilon": 0.1}, "density - epsilon=0"), ("della", {"epsilon": -0.1}, "epsilon=-0.1"),
     ("della", {"density": 0.95, "epsilon": 0.1}, "density \\+ epsilon=1.05"),

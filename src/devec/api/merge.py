@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +220,8 @@ def merged_vector(
         if by_blocks(method, Block(name, pool.layout(name), (), ())):
             # of every vector a few copies of a block, and the counts of a selection
             return parts + (0 if method.keeps_rank else len(pool) * (3 * max(BLOCK, m) * 8 + 3 * BINS * 8))
-        return parts + (len(pool) + 2) * n * m * 8  # whole matrices, and as much again for the method's own
+        own = 8 if method.grain == "rows" else 2  # sorting a row and drawing for it take a few copies of one matrix
+        return parts + (len(pool) + own) * n * m * 8  # whole matrices, and as much again for the method's own
 
     return replace(
         first,
@@ -236,7 +236,7 @@ def merged_vector(
 
 def _try_parameters(method: registry.Method, pool: Pool, parameters: Mapping[str, Any]) -> None:
     """The method on a tensor without rows: a wrong number of weights is said now and not when half is written."""
-    if method.grain in ("elements", "rows"):
+    if method.grain in ("elements", "rows") and not method.needs:
         nothing = DenseDelta(torch.zeros(0, 1))
         method.call(Block("", Layout((0, 1)), pool.names, (nothing,) * len(pool)), **parameters)
 
@@ -265,8 +265,7 @@ def merged_delta(
         merged: Delta = method.call(part, **parameters)
         return merged.dense()
 
-    dtype = reduce(torch.promote_types, (d.dtype for d in block.deltas if d is not None))
-    return LazyDelta(block.layout.matrix_shape, dtype, read, transposed=block.layout.transposed)
+    return LazyDelta(block.layout.matrix_shape, block.dtype, read, transposed=block.layout.transposed)
 
 
 def model_for(*, dtype: str, out_dtype: str | None, heads: str | None = None, **given: Any) -> TensorSource:

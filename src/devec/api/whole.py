@@ -20,10 +20,6 @@ from devec.methods.registry import Method
 L = TypeVar("L")
 
 
-def dtype_of(block: Block) -> torch.dtype:
-    return reduce(torch.promote_types, (d.dtype for d in block.deltas if d is not None))
-
-
 @dataclass(frozen=True)
 class WholeTensor:
     """One tensor, as it lies in its file, in the blocks of rows in which it will be merged."""
@@ -32,7 +28,7 @@ class WholeTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        return dtype_of(self.block)
+        return self.block.dtype
 
     def parts(self) -> Iterator[Block]:
         for start, stop in row_blocks(self.block.layout.matrix_shape):
@@ -52,7 +48,7 @@ class WholeModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        return reduce(torch.promote_types, (dtype_of(self.pool.block(n)) for n in self.pool.tensors()))
+        return reduce(torch.promote_types, (self.pool.block(n).dtype for n in self.pool.tensors()))
 
     def __call__(self, look: Callable[[Iterable[Block]], L]) -> Iterator[L]:
         def one(name: str) -> L:

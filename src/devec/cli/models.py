@@ -111,6 +111,7 @@ def merge(
     from devec.api.plan import plan_write
     from devec.core.errors import UsageError
     from devec.io.names import Selection
+    from devec.methods import registry
 
     parameters: dict[str, Any] = {}
     if method is None:
@@ -120,6 +121,8 @@ def merge(
         if not sign:
             raise UsageError(f"--set {item!r} is not KEY=VALUE")
         parameters[key] = _typed(key, value)
+    if o.get("seed") and "seed" in registry.get("merge", str(method)).parameters:
+        parameters.setdefault("seed", o["seed"])  # of the recipe
     options.check_place(output, o["overwrite"], [base, *sources])
     compression = Compression(o["rank"], o["energy"], o["error"])
     o["dtype"] = o.get("dtype") or "float32"
@@ -127,7 +130,8 @@ def merge(
         "method": method, "sources": sources, "base": base, "parameters": parameters,
         "view": options.read_view(o, sources), "selection": Selection(tuple(o["include"]), tuple(o["exclude"])),
     }
-    merged = run(**given, dtype=getattr(torch, o["dtype"]), workers=o["workers"])
+    workers = o["workers"] if o["max_memory"] is None else 1  # a pass over the model, beside what is being merged
+    merged = run(**given, dtype=getattr(torch, o["dtype"]), workers=workers)
     from devec.core.findings import pool_findings
 
     notes = [*o.get("notes", ()), *merged.findings, *pool_findings(merged.pool)]

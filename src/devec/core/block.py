@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -37,6 +38,11 @@ class Block:
     def present(self) -> list[int]:
         """Indices of the vectors that have this tensor."""
         return [i for i, d in enumerate(self.deltas) if d is not None]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest dtype of any delta."""
+        return reduce(torch.promote_types, (d.dtype for d in self.deltas if d is not None))
 
     def whole(self) -> Block:
         """The same block with every matrix in memory, so that what reads them several times reads no file again."""

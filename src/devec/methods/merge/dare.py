@@ -11,6 +11,7 @@ from torch import Tensor
 from devec.core.block import Block
 from devec.core.contracts import Whole
 from devec.core.delta import Delta
+from devec.core.errors import UsageError
 from devec.linalg.counter import key_of, uniform
 from devec.methods.merge.entries import (
     elected,
@@ -22,7 +23,6 @@ from devec.methods.merge.entries import (
     total,
     weigh,
     weights_for,
-    within,
 )
 from devec.methods.registry import register
 
@@ -63,7 +63,7 @@ def dare(
     Raises      UsageError: number of weights, p outside [0, 1), an unknown word; InputError: NaN or infinity
     """
     if not 0.0 <= p < 1.0:
-        within("dare", "1 - p", 1.0 - p, 0.0, 1.0, open_low=True)
+        raise UsageError(f"dare: p={p:g} is not in [0, 1)")
     one_of("dare", "rescale", rescale, "inverse", "l1")
     w = weights_for(block, weights, "dare")
     factors = measured(block, measure, p=p, rescale=rescale, seed=seed)
@@ -77,7 +77,7 @@ def thinned(block: Block, p: float, seed: int) -> Tensor:
     entries = stack(block)
     if p > 0.0:
         for entry, name in zip(entries, block.vectors, strict=True):
-            entry[draws(block, name, seed) >= 1.0 - p] = 0.0
+            entry *= draws(block, name, seed) < 1.0 - p
     return entries
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -29,7 +28,7 @@ class Alone:
 
     @property
     def dtype(self) -> torch.dtype:
-        return dtype_of(self.block)
+        return self.block.dtype
 
     def __call__(self, look: Callable[[Iterable[Block]], L]) -> Iterator[L]:
         yield look([self.block])
@@ -40,16 +39,12 @@ def measured(block: Block, measure: Measure, **parameters: Any) -> Any:
     return block.stats["measured"] if "measured" in block.stats else measure(Alone(block), **parameters)
 
 
-def dtype_of(block: Block) -> torch.dtype:
-    return reduce(torch.promote_types, (d.dtype for d in block.deltas if d is not None))
-
-
 def stack(block: Block) -> Tensor:
     """``(T, n, m)``: the entries of every vector in float32 or wider, zeros where one lacks the tensor; a copy.
 
     Raises InputError for NaN or infinity: comparisons and masks would drop it in silence.
     """
-    dtype = compute_dtype(dtype_of(block))
+    dtype = compute_dtype(block.dtype)
     out = torch.zeros(len(block.deltas), *block.layout.matrix_shape, dtype=dtype)
     for i, delta in enumerate(block.deltas):
         if delta is None:
@@ -67,7 +62,7 @@ def stack(block: Block) -> Tensor:
 
 def merged(block: Block, value: Tensor) -> DenseDelta:
     """The result in the dtype of the deltas."""
-    return DenseDelta(value.to(dtype_of(block)))
+    return DenseDelta(value.to(block.dtype))
 
 
 def total(entries: Tensor) -> Tensor:
@@ -148,11 +143,16 @@ def of_the_elected(
     """Sum of the (weighted) entries that have the elected sign; ``mean`` divides by the sum of their ``|w|``."""
     out, shares = torch.zeros_like(signs), torch.zeros_like(signs)
     for entry, weight in zip(entries, weights, strict=True):
-        agrees = entry * signs > 0
-        out += torch.where(agrees, entry, 0.0)
+        ahead = (entry * signs).clamp_(min=0.0)
+        out += ahead
         if how == "mean":
-            shares += agrees * abs(weight)
-    return torch.where(shares > 0, out / shares, 0.0) if how == "mean" else out
+            shares += (ahead > 0) * abs(weight)
+    return (quotient(out, shares) if how == "mean" else out).mul_(signs)
+
+
+def quotient(values: Tensor, shares: Tensor) -> Tensor:
+    """``values / shares``, 0 for 0/0."""
+    return (values / shares).nan_to_num_(nan=0.0, posinf=float("inf"), neginf=float("-inf"))
 
 
 def weights_for(block: Block, weights: Sequence[float] | None, method: str) -> list[float]:

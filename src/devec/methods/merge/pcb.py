@@ -11,7 +11,7 @@ from torch import Tensor
 from devec.core.block import Block
 from devec.core.contracts import Whole
 from devec.core.delta import Delta
-from devec.methods.merge.entries import measured, merged, one_of, order_statistics, stack, total, within
+from devec.methods.merge.entries import measured, merged, one_of, order_statistics, quotient, stack, total, within
 from devec.methods.registry import register
 
 EDGE = 0.0001
@@ -73,7 +73,7 @@ def pcb(
             share = (score.clamp_(min=cut) - cut) / (top - cut) if top > cut else torch.zeros_like(score)
             out += share * entry.sign() * entry.abs().clamp_(low, high)
             shares += share
-    return merged(block, torch.where(shares > 0, out / shares, 0.0).mul_(scale))
+    return merged(block, quotient(out, shares).mul_(scale))
 
 
 def scored(entries: Tensor, sizes: Sequence[Sequence[float]]) -> Tensor:
