@@ -3,8 +3,8 @@
     python -m venv mergekit && mergekit/bin/pip install mergekit==0.1.5
     mergekit/bin/python tests/golden/make_mergekit.py
 
-Random masks are those of devec.linalg.counter, which this script puts in the place of ``torch.bernoulli``: mergekit draws
-from a global generator, so that its own masks depend on the order in which it happens to work.
+Random masks are those of devec.linalg.counter, which this script puts in the place of ``torch.bernoulli``: mergekit
+draws from a global generator, so that its own masks depend on the order in which it happens to work.
 """
 
 from __future__ import annotations

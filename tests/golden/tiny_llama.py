@@ -1,7 +1,7 @@
 """The models of tests/golden: made anew from a seed on either side, so that none is stored. Needs numpy alone.
 
-``base`` and ``a``, ``b``, ``c``, ``d``: Llama-shaped checkpoints of 3 layers and width 8 in float32. ``d`` moves against
-``a``. The stream of ``RandomState`` is frozen: the numbers are the same in any version of numpy.
+``base`` and ``a`` to ``g``: Llama-shaped checkpoints of 3 layers and width 8 in float32. ``d`` moves against ``a``;
+``e``, ``f`` and ``g`` move much alike. The stream of ``RandomState`` is frozen: the numbers are the same in any version of numpy.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def models() -> dict[str, Tensors]:
     base = {n: 0.3 * random.standard_normal(s) + (len(s) == 1) for n, s in shapes().items()}
     common = {n: random.standard_normal(s) for n, s in shapes().items()}
     found = {"base": base}
-    for size, name in ((0.1, "a"), (0.15, "b"), (0.05, "c")):
+    for name, size, alike in (("a", 0.1, 0.5), ("b", 0.15, 0.5), ("c", 0.05, 0.5), *((x, 0.1, 2.0) for x in "efg")):
         own = {n: random.standard_normal(s) for n, s in shapes().items()}
-        found[name] = {n: base[n] + size * (0.5 * common[n] + own[n]) for n in base}
+        found[name] = {n: base[n] + size * (alike * common[n] + own[n]) for n in base}
     found["d"] = {n: base[n] - 0.5 * (found["a"][n] - base[n]) for n in base}
     return {name: {n: x.astype(np.float32) for n, x in tensors.items()} for name, tensors in found.items()}
 

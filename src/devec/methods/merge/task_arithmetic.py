@@ -10,7 +10,7 @@ from torch import Tensor
 from devec.core.block import Block
 from devec.core.delta import Delta, DenseDelta, LowRankDelta
 from devec.core.errors import UsageError
-from devec.methods.merge.entries import one_of
+from devec.methods.merge.entries import one_of, sum_of
 from devec.methods.registry import register
 
 
@@ -38,10 +38,8 @@ def task_arithmetic(
 
 def shares(weights: list[float], method: str) -> list[float]:
     """The weights divided by their sum. Raises UsageError if that is zero."""
-    total = sum(weights)
-    if total == 0.0:
-        raise UsageError(f"{method}: the weights sum to zero")
-    return [w / total for w in weights]
+    whole = sum_of(weights, method)
+    return [w / whole for w in weights]
 
 
 def weighted_sum(block: Block, weights: list[float]) -> Delta:
