@@ -31,7 +31,7 @@ def lazily(value: Tensor, reads: Counter[tuple[int, int]], transposed: bool = Fa
 @pytest.mark.parametrize(
     ("method", "given", "passes"),
     [("ties", {}, 3), ("ties", {"zero": "none"}, 2), ("dare", {}, 0), ("dare", {"rescale": "l1"}, 1), ("pcb", {}, 6),
-     ("emr", {"task": "A"}, 1), ("model-stock", {}, 1), ("consensus", {}, 0)],
+     ("emr", {"task": "A"}, 1), ("slerp", {"t": 0.5}, 1), ("model-stock", {}, 1), ("consensus", {}, 0)],
 )  # fmt: skip
 def test_no_piece_is_larger_than_a_block(
     method: str, given: dict[str, Any], passes: int, transposed: bool
@@ -47,6 +47,8 @@ def test_no_piece_is_larger_than_a_block(
     each = reads.pop((0, BLOCK // 64))
     assert set(reads.values()) == {each}
     assert each == (passes + 1) * 2, "every pass reads both vectors once, and so does the merge"
+    entered = registry.get("merge", method)
+    assert entered.looks(entered.filled(given)) == passes
 
 
 def test_a_pass_over_the_model_is_the_same_on_any_number_of_threads_and_taken_once() -> None:

@@ -173,6 +173,14 @@ def test_an_entry_that_is_no_number_is_found_and_its_file_named(devec: Runner, l
     refused(said, "NaN or infinity in b", name, "b.safetensors")
 
 
+def test_a_plan_counts_every_look(devec: Runner, llama: Models) -> None:
+    read = {}
+    for case in ("consensus", "ties", "pcb"):
+        plan = devec(*words(case), "--base", llama.base, llama.a, llama.b, "-o", "out", "--dry-run", "--json").json
+        read[case] = plan["stages"][0]["bytes_read"]
+    assert read["ties"] == 4 * read["consensus"] and read["pcb"] == 7 * read["consensus"]
+
+
 def test_a_recipe_s_seed_is_the_method_s(devec: Runner, llama: Models) -> None:
     text = f"method: dare\nbase: {llama.base}\nsources: [{llama.a}, {llama.b}]\n"
     for seed in (0, 7):

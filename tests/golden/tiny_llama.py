@@ -40,7 +40,9 @@ def models() -> dict[str, Tensors]:
     for name, size, alike in (("a", 0.1, 0.5), ("b", 0.15, 0.5), ("c", 0.05, 0.5), *((x, 0.1, 2.0) for x in "efg")):
         own = {n: random.standard_normal(s) for n, s in shapes().items()}
         found[name] = {n: base[n] + size * (alike * common[n] + own[n]) for n in base}
-    found["d"] = {n: base[n] - 0.5 * (found["a"][n] - base[n]) for n in base}
+    found["d"] = {
+        n: base[n] - 0.7 * (x - base[n]) + 0.05 * random.standard_normal(x.shape) for n, x in found["a"].items()
+    }
     return {name: {n: x.astype(np.float32) for n, x in tensors.items()} for name, tensors in found.items()}
 
 

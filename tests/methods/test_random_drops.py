@@ -93,14 +93,14 @@ def test_the_mask_is_a_function_of_seed_names_and_place(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["dare", "della"])
 def test_the_mean_over_seeds_is_the_vector(method: str) -> None:
-    """4000 draws with probability q: the standard deviation of the mean is |x| sqrt((1-q)/q/4000), below 0.04 |x|."""
+    """1500 draws with probability q: the standard deviation of the mean is |x| sqrt((1-q)/q/1500), below 0.06 |x|."""
     x = torch.tensor([[1.0, -2.0, 3.0, 0.5, -0.25], [4.0, 3.0, 2.0, 1.0, 0.125]], dtype=torch.float64)
     sums = torch.zeros_like(x)
     choices: dict[str, Any] = {"p": 0.6} if method == "dare" else {"density": 0.5, "epsilon": 0.2}
     call: Any = dare if method == "dare" else della
-    for seed in range(4000):
+    for seed in range(1500):
         sums += call(block([x]), then="task-arithmetic", scale=1.0, seed=seed, **choices).dense()
-    assert bool(((sums / 4000 - x).abs() < 5 * 0.04 * x.abs()).all())
+    assert bool(((sums / 1500 - x).abs() < 5 * 0.06 * x.abs()).all())
 
 
 @pytest.mark.parametrize("method", ["dare", "della"])
@@ -110,7 +110,7 @@ def test_l1_keeps_the_norm_and_is_biased_draw_by_draw(method: str) -> None:
     choices: dict[str, Any] = {"p": 0.5} if method == "dare" else {"density": 0.5, "epsilon": 0.0}
     call: Any = dare if method == "dare" else della
     sums, draws = torch.zeros_like(x), 0
-    for seed in range(2000):
+    for seed in range(500):
         found = call(block([x]), then="task-arithmetic", scale=1.0, rescale="l1", seed=seed, **choices).dense()
         size = float(found.abs().sum())
         assert size == pytest.approx(11.0, rel=1e-12) or size == 0.0

@@ -140,3 +140,19 @@ def test_bad_entries_are_named(bad: float) -> None:
     x[1, 1] = bad
     with pytest.raises(InputError, match=r"NaN or infinity in B .*\[?.*layer\.q"):
         ties(block([torch.ones(3, 3), DenseDelta(x)], name="layer.q"))
+
+
+@pytest.mark.parametrize("elect", ["sum", "count"])
+@pytest.mark.parametrize("density", [0.2, 0.55, 1.0])
+def test_agrees_with_peft(elect: str, density: float) -> None:
+    """With weights of 1 PEFT's function of tensors is the same method, where exact ties go to the positive side."""
+    from peft.utils.merge_utils import ties as theirs
+
+    given = models(4)
+    method = {"sum": "total", "count": "frequency"}[elect]
+    found = merged("ties", given, density=density, elect=elect, zero="plus")
+    for n, t in found.items():
+        if t.numel() < 5:
+            continue  # PEFT keeps nothing of a tensor that small
+        wanted = theirs([m[n] for m in given], torch.ones(4), density, majority_sign_method=method)
+        assert torch.allclose(t, wanted, rtol=1e-5, atol=1e-8), n

@@ -124,6 +124,8 @@ class Merged:
     findings: tuple[Finding, ...] = ()
     statistics: Callable[[], Any] | None = None
     """What the method's pass over the model finds, made when first asked for; ``None`` if it takes none."""
+    looks: int = 0
+    """How often an input is read, at most, before it is merged."""
 
     @property
     def reference_base(self) -> TensorSource | None:
@@ -168,13 +170,15 @@ def merge(
         under = ZeroBase(open_model(sources[0]), selection or Selection())
     pool, notes = load_pool(sources, base=under, dtype=dtype, selection=selection, view=view)
     common, bound = settings.whole(), _over(settings, pool, under)
-    for values in {id(values): values for values in bound.values()}.values():
+    different = list({id(values): values for values in bound.values()}.values())
+    for values in different:
         _try_parameters(chosen, pool, values)
+    looks = max((chosen.looks(chosen.filled(values)) for values in different), default=0)
     found: Callable[[], Any] | None = None
     if chosen.measures_model(common):
         known = statistics is not None
-        found = once(lambda: statistics if known else find(chosen, WholeModel(pool, chosen, workers), common))
-    return Merged(chosen.name, merged_vector(chosen, pool, bound, found), pool, under, tuple(notes), found)
+        found = once(lambda: statistics if known else find(chosen, WholeModel(pool, chosen, common, workers), common))
+    return Merged(chosen.name, merged_vector(chosen, pool, bound, found), pool, under, tuple(notes), found, looks)
 
 
 def _over(settings: Settings, pool: Pool, base: TensorSource | None) -> dict[str, dict[str, Any]]:
@@ -217,7 +221,7 @@ def merged_vector(
     def cost(name: str) -> int:
         parts = sum(cost_of(v.deltas)(name) for v in pool if name in v.deltas)
         n, m = pool.layout(name).matrix_shape
-        if by_blocks(method, Block(name, pool.layout(name), (), ())):
+        if by_blocks(method, Block(name, pool.layout(name), (), ()), parameters[name]):
             # of every vector a few copies of a block, and the counts of a selection
             return parts + (0 if method.keeps_rank else len(pool) * (3 * max(BLOCK, m) * 8 + 3 * BINS * 8))
         own = 8 if method.grain == "rows" else 2  # sorting a row and drawing for it take a few copies of one matrix
@@ -249,7 +253,7 @@ def merged_delta(
     Of adapters a method that keeps rank is given the factors. ``model`` gives what it finds over the whole model.
     """
     factors = method.keeps_rank and not any(is_dense(d) for d in block.deltas)
-    if factors or not by_blocks(method, block):
+    if factors or not by_blocks(method, block, parameters):
         if model is not None:
             block = replace(block, stats={**block.stats, "measured": model()})
         whole: Delta = method.call(block, **parameters)

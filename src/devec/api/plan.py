@@ -25,8 +25,10 @@ ITERATIONS = 10
 """Steps that the subspace iteration takes on a realistic spectrum (5 to 15 were seen)."""
 
 
-def plan_write(model: TensorSource, engine: Engine, out_dtype: object = None, rates: Rates | None = None) -> Stage:
-    """The stage that computes and writes every tensor of a model."""
+def plan_write(
+    model: TensorSource, engine: Engine, out_dtype: object = None, rates: Rates | None = None, *, looks: int = 0
+) -> Stage:
+    """The stage that computes and writes every tensor of a model. ``looks``: times that a merge reads all before."""
     rates = rates or Rates.measured()
     entries = plan_entries(model, out_dtype)  # type: ignore[arg-type]
     sources = checkpoints_of(model)
@@ -34,13 +36,13 @@ def plan_write(model: TensorSource, engine: Engine, out_dtype: object = None, ra
     needs = [working_bytes(model, n) for n in names]
     workers, _ = fit_workers(engine.workers, engine.memory, needs)
     stored = sum(nbytes(c.info(n)) for c in sources for n in names if n in c)
-    read = stored + _adapter_bytes(_vectors(model))
+    read = stored * (1 + looks) + _adapter_bytes(_vectors(model))
     written = sum(nbytes(info) for _, info in entries)
     elements, flops = 0, 0
     for n, info in entries:
         operands = sum(n in c for c in sources)
-        elements += prod(info.shape) * max(operands, 1)
-        flops += 3 * prod(info.shape) * operands
+        elements += prod(info.shape) * max(operands, 1) * (1 + looks)
+        flops += 3 * prod(info.shape) * operands * (1 + looks)
     flops += sum(_product_flops(v) for v in _vectors(model))
     seconds = (stored + written) / rates.hashed + written / rates.hashed_files + elements / rates.elements
     seconds += sum(_product_flops(v) for v in _vectors(model)) / rates.flops

@@ -150,7 +150,7 @@ def merge(
         stages = []
         if merged.base is not None and not compression.asked:
             model = model_for(**given, heads=o["heads_from"], **dtypes(o))
-            stages = [plan_write(model, saving.engine, saving.out_dtype)]
+            stages = [plan_write(model, saving.engine, saving.out_dtype, looks=merged.looks)]
         return dry(output, how, stages, sources=len(merged.pool), tensors=len(merged.vector.deltas))
     if saving.engine.executor == "ray" and merged.statistics is not None:  # found once, not by every worker
         given["statistics"] = merged.statistics()

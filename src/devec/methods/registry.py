@@ -46,6 +46,7 @@ class Method:
     ``source``      where it was published
     ``measure``     a first pass over the whole (see ``core.contracts.Measure``), for methods that are given parts
     ``whole``       of what: each tensor, or the model. A parameter ``scope`` of the method comes before this
+    ``looks``       how often it reads everything, by the parameters (float32 inputs): for plans
     ``per_task``    True if the result is one task's model of several, not one model for all
     """
 
@@ -59,11 +60,16 @@ class Method:
     keeps_rank: bool = False
     measure: Measure | None = None
     whole: Literal["tensor", "model"] = "tensor"
+    looks: Callable[[Mapping[str, Any]], int] = lambda _: 0
     per_task: bool = False
 
     def measures_model(self, bound: Mapping[str, Any]) -> bool:
         """Whether the first pass, with these parameters, goes over the whole model."""
         return self.measure is not None and self.filled(bound).get("scope", self.whole) == "model"
+
+    def grain_with(self, bound: Mapping[str, Any]) -> Grain:
+        """The grain, which the parameter ``scope=row`` makes rows."""
+        return "rows" if self.grain == "elements" and self.filled(bound).get("scope") == "row" else self.grain
 
     def filled(self, bound: Mapping[str, Any]) -> dict[str, Any]:
         """Every parameter: what is bound, else its default."""
@@ -100,6 +106,7 @@ def register(
     keeps_rank: bool = False,
     measure: Measure | None = None,
     whole: Literal["tensor", "model"] = "tensor",
+    looks: Callable[[Mapping[str, Any]], int] = lambda _: 0,
     per_task: bool = False,
 ) -> Callable[[F], F]:
     """Decorator: enter a function under ``(kind, name)``. A name taken by another function is an error."""
@@ -110,7 +117,7 @@ def register(
         if taken is not None and taken.call.__module__ != function.__module__:
             raise ValueError(f"method {key} is defined in {taken.call.__module__} and {function.__module__}")
         _methods[key] = Method(
-            kind, key[1], function, grain, source, needs, needs_base, keeps_rank, measure, whole, per_task
+            kind, key[1], function, grain, source, needs, needs_base, keeps_rank, measure, whole, looks, per_task
         )
         return function
 

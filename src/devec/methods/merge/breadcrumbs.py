@@ -48,7 +48,8 @@ def measure(
     return {"borders": found, "factors": factors}
 
 
-@register("merge", grain="rows", source="arXiv:2312.06795", measure=measure)
+@register("merge", grain="rows", source="arXiv:2312.06795", measure=measure,
+          looks=lambda given: 2 * (given["scope"] == "tensor") + (given["rescale"] == "l1"))
 def breadcrumbs(
     block: Block,
     beta: list[float] | float = 0.2,

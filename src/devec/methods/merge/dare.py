@@ -37,7 +37,8 @@ def measure(whole: Whole, *, p: Sequence[float] | float, rescale: str, seed: int
     return l1_factors(whole, lambda b: thinned(b, p, seed)) if rescale == "l1" else []
 
 
-@register("merge", grain="elements", source="arXiv:2311.03099", measure=measure)
+@register("merge", grain="elements", source="arXiv:2311.03099", measure=measure,
+          looks=lambda given: int(given["rescale"] == "l1"))
 def dare(
     block: Block,
     p: list[float] | float = 0.9,

@@ -43,7 +43,8 @@ def measure(
     return l1_factors(whole, lambda b: thinned(b, density, epsilon, seed, divide=False))
 
 
-@register("merge", grain="rows", source="arXiv:2406.11617", measure=measure)
+@register("merge", grain="rows", source="arXiv:2406.11617", measure=measure,
+          looks=lambda given: int(given["rescale"] == "l1"))
 def della(
     block: Block,
     density: list[float] | float = 0.7,

@@ -34,7 +34,8 @@ def measure(whole: Whole, **_: Any) -> list[float]:
     return torch.where(masked > 0, own / masked, 0.0).tolist()
 
 
-@register("merge", grain="elements", source="arXiv:2405.17461", measure=measure, whole="model", per_task=True)
+@register("merge", grain="elements", source="arXiv:2405.17461", measure=measure, whole="model", looks=lambda _: 1,
+          per_task=True)
 def emr(block: Block, task: str) -> Delta:
     """The elected vector, masked to one task's signs and rescaled to its size: that task's model.
 

@@ -23,7 +23,8 @@ def measure(whole: Whole, *, scope: str, **_: Any) -> list[list[float]]:
     return measure_gram(whole) if scope == "tensor" else []
 
 
-@register("merge", grain="rows", source="arXiv:2403.19522", keeps_rank=True, measure=measure)
+@register("merge", grain="elements", source="arXiv:2403.19522", keeps_rank=True, measure=measure,
+          looks=lambda given: int(given["scope"] == "tensor"))
 def model_stock(block: Block, scope: Literal["tensor", "row"] = "tensor") -> Delta:
     """The mean of fine-tuned models, drawn back to the base by the angle between them, tensor by tensor.
 

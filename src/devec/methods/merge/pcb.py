@@ -37,7 +37,7 @@ def _inside(rank: int, n: int) -> int:
     return min(max(rank, 0), n - 1)
 
 
-@register("merge", grain="elements", source="arXiv:2410.02396", measure=measure)
+@register("merge", grain="elements", source="arXiv:2410.02396", measure=measure, looks=lambda _: 6)
 def pcb(
     block: Block, ratio: float = 0.1, scale: float = 1.0, scope: Literal["model", "tensor"] = "model"
 ) -> Delta:

@@ -16,7 +16,8 @@ PARALLEL = 0.9995
 """Cosines beyond this make ``sin(phi)`` a small divisor: the two directions are interpolated on a line."""
 
 
-@register("merge", grain="elements", source="Shoemake (1985)", needs_base=False, keeps_rank=True, measure=measure_gram)
+@register("merge", grain="elements", source="Shoemake (1985)", needs_base=False, keeps_rank=True, measure=measure_gram,
+          looks=lambda _: 1)
 def slerp(block: Block, t: float) -> Delta:
     """Go from the first model to the second along the arc between their directions, tensor by tensor.
 

@@ -49,7 +49,8 @@ def measure(
     return {"cuts": cuts, "factors": factors, "majority": float((balance > 0) - (balance < 0))}
 
 
-@register("merge", grain="elements", source="arXiv:2306.01708", measure=measure)
+@register("merge", grain="elements", source="arXiv:2306.01708", measure=measure,
+          looks=lambda given: 2 + (given["zero"] == "majority") + (given["rescale"] == "l1"))
 def ties(
     block: Block,
     density: list[float] | float = 0.2,
