@@ -168,7 +168,7 @@ def test_a_first_pass_over_each_tensor_has_that_tensors_parameters() -> None:
 def test_a_first_pass_over_the_model_has_one_set_of_parameters() -> None:
     given = [vector(name, tensors) for name, tensors in zip("AB", models(), strict=True)]
     with pytest.raises(UsageError, match="density cannot vary"):
-        merge("ties", given, parameters={"scope": "model", "density": [0.2, 0.9]})
+        merge("ties", given, parameters={"scope": "model", "density": {"gradient": [0.2, 0.9]}})
     with pytest.raises(UsageError, match="scope cannot vary"):
         merge("ties", given, parameters={"scope": [{"filter": "mlp", "value": "model"}, {"value": "tensor"}]})
     out = merge("ties", given, parameters={"scope": "model", "scale": [0, 1]}).vector

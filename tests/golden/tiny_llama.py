@@ -1,7 +1,7 @@
 """The models of tests/golden: made anew from a seed on either side, so that none is stored. Needs numpy alone.
 
 ``base`` and ``a`` to ``g``: Llama-shaped checkpoints of 3 layers and width 8 in float32. ``d`` moves against ``a``;
-``e``, ``f`` and ``g`` move much alike. The stream of ``RandomState`` is frozen: the numbers are the same in any version of numpy.
+``e``, ``f`` and ``g`` move much alike. The stream of ``RandomState`` is frozen: every numpy makes the same numbers.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ What each becomes, and where the methods differ, is in docs/mergekit.md.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -15,8 +16,9 @@ from typing import Any
 
 from devec.api.references import open_model
 from devec.api.settings import is_cases, places
-from devec.core.errors import UsageError
+from devec.core.errors import IncompatibleError, UsageError
 from devec.core.results import Finding
+from devec.io.tokenizer import chat_template, vocabulary
 
 REQUIRED = object()
 KEYS = frozenset({
@@ -214,8 +216,8 @@ def _plan(name: str, how: Reading, data: Mapping[str, Any], slices: Sequence[Sli
         parameters=parameters,
         dtype="float64" if dtype == "float64" else "float32",
         out_dtype=out or dtype,
-        chat_template=data.get("chat_template"),
-        notes=tuple(_idle(name, how, data, slices)),
+        chat_template=_template(data, models if base is None else [base, *models]),
+        notes=(*_idle(name, how, data, slices), *_same_tokens(data, models, base)),
     )
 
 
@@ -371,7 +373,46 @@ def _named(models: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{label}-{i}={model}" for i, (label, model) in enumerate(zip(labels, models, strict=True), 1))
 
 
-# The rest
+# Tokenizers and dtypes
+
+
+def _template(data: Mapping[str, Any], models: Sequence[str]) -> str | None:
+    """The template that the output is to have; ``None`` for the first model's own."""
+    wanted: str | None = data.get("chat_template")
+    if wanted != "auto":
+        return wanted
+    own = [None if folder is None else chat_template(folder) for folder in map(_folder, dict.fromkeys(models))]
+    templates = Counter(text.strip() for text in own if text)
+    if not templates:
+        return None
+    chosen = templates.most_common(1)[0][0]
+    return None if own[0] is not None and own[0].strip() == chosen else chosen
+
+
+def _folder(model: str) -> Path | None:
+    found: Path | None = getattr(open_model(model), "folder", None)
+    return found
+
+
+def _same_tokens(data: Mapping[str, Any], models: Sequence[str], base: str | None) -> list[Finding]:
+    """mergekit moves rows of embeddings to where the base's tokenizer has their tokens; here all must have them there.
+
+    Raises IncompatibleError for a model whose tokenizer has not.
+    """
+    if base is None or (data.get("tokenizer_source") is None and data.get("tokenizer") is None):
+        return []
+    known = {m: None if (f := _folder(m)) is None else vocabulary(f) for m in dict.fromkeys([base, *models])}
+    for model, tokens in known.items():
+        if tokens is not None and known[base] is not None and tokens != known[base]:
+            raise IncompatibleError(
+                "the tokenizers differ, and no rows of embeddings are moved from token to token",
+                values={base: f"{len(known[base] or ())} tokens", model: f"{len(tokens)} tokens"},
+                remedy="Take tokenizer_source (or tokenizer) out if the rows mean the same tokens.",
+            )
+    unknown = [model for model, tokens in known.items() if tokens is None]
+    if unknown:
+        return [Finding("tokenizer-unknown", f"no tokenizer.json in {unknown[0]}: tokens were not compared")]
+    return []
 
 
 def _dtype(data: Mapping[str, Any], key: str) -> str | None:
@@ -386,6 +427,9 @@ def _dtype(data: Mapping[str, Any], key: str) -> str | None:
 def _tokens(data: Mapping[str, Any]) -> list[str]:
     """What the file asks of tokenizers that is more than the base's own."""
     strange = []
+    template = data.get("chat_template")
+    if template not in (None, "auto") and not (isinstance(template, str) and "{" in template):
+        strange.append(f"chat_template: {template}")
     source, tokenizer = data.get("tokenizer_source"), data.get("tokenizer")
     if source not in (None, "base", data.get("base_model")):
         strange.append(f"tokenizer_source: {source}")

@@ -139,8 +139,14 @@ def merge(
     saving = saving_of(
         "merge", o,
         {"method": method, "parameters": parameters, "rank": o["rank"], "energy": o["energy"], "error": o["error"],
-         "heads_from": o["heads_from"], **options.read_time(o)},
+         "heads_from": o["heads_from"], "chat_template": o.get("chat_template"), **options.read_time(o)},
     )
+    if o.get("chat_template") is not None:
+        from devec.io.tokenizer import with_template
+
+        if output.endswith(".safetensors") or compression.asked:
+            raise UsageError("a chat template needs the folder of a whole model", file=output)
+        saving = replace(saving, companions=with_template(o["chat_template"], getattr(merged.base, "folder", None)))
 
     def job(arguments: dict[str, Any]) -> Job:
         return Job("devec.api.merge.model_for", {**arguments, "heads": o["heads_from"], **dtypes(o)})
@@ -190,7 +196,7 @@ def _from_recipe(
     for key in ("rank", "energy", "error", "heads_from", "out_dtype", "dtype"):
         if merged.get(key) is None:
             merged[key] = getattr(recipe, key)
-    merged["seed"], merged["notes"] = recipe.seed, recipe.notes
+    merged["seed"], merged["notes"], merged["chat_template"] = recipe.seed, recipe.notes, recipe.chat_template
     for key in ("include", "exclude"):
         merged[key] = tuple(merged[key]) or tuple(getattr(recipe, key))
     for key, value in recipe.view.model_dump(exclude_none=True).items():
