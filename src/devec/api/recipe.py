@@ -115,8 +115,9 @@ def _from_mergekit(plan: mergekit.Plan) -> Recipe:
 
 
 def _explained(error: ValidationError, file: Path) -> UsageError:
-    first = error.errors()[0]
-    where = ".".join(str(x) for x in first["loc"])
+    found = [e for e in error.errors() if e["type"] != "string_type" or not isinstance(e["input"], dict)]
+    first = (found or error.errors())[0]
+    where = ".".join(str(x) for x in first["loc"] if x not in ("str", "SourceRecipe"))
     inside: dict[str, type[BaseModel]] = {"view": ViewRecipe, "sources": SourceRecipe}
     known = list(inside.get(str(first["loc"][0]), Recipe).model_fields)
     if first["type"] == "extra_forbidden":
