@@ -47,8 +47,8 @@ def test_every_key_that_is_not_carried_over_is_named_at_once(devec: Runner) -> N
     )  # fmt: skip
     line = refused(devec("merge", file, "-o", "out", code=2), "not carried over", file)
     for key in (
-        "name_of_it", "parameters.wieght", "parameters.select_topk", "models[1].revision", "parameters.normalize of a model",
-        "tokenizer_source: union", "chat_template: chatml",
+        "name_of_it", "parameters.wieght", "parameters.select_topk", "models[1].revision",
+        "parameters.normalize of a model", "tokenizer_source: union", "chat_template: chatml",
     ):  # fmt: skip
         assert key in line
     assert "parameters.weight," not in line
@@ -125,6 +125,10 @@ def test_neither_workers_nor_shards_change_a_byte(devec: Runner) -> None:
     for i in (1, 2):
         devec("merge", file, "-o", "joined", "--shard-of", f"{i}/2")
     devec("join", "joined")
+    devec("merge", file, "-o", "other", "--shard-of", "1/2")
+    mixed = Path("mixed.yml")
+    mixed.write_text(Path(file).read_text().replace("[0.2, 0.9]", "[0.2, 0.8]"))
+    assert "other" in devec("merge", mixed, "-o", "other", "--shard-of", "2/2", code=4).err, "a run is its parameters"
     one = Path("out-0/model.safetensors").read_bytes()
     assert all(Path(f"{out}/model.safetensors").read_bytes() == one for out in ("out-1", "joined"))
 
@@ -163,6 +167,7 @@ def test_a_chat_template_is_written(devec: Runner) -> None:
     assert written == {"model_max_length": 7, "chat_template": TEMPLATE}
     assert "agree" in devec("verify", "out").out
     refused(devec("merge", file, "-o", "out.safetensors", code=2), "chat template", out="out.safetensors")
+    refused(devec("merge", file, "-o", "adapter", "--rank", 2, code=2), "chat template", out="adapter")
 
 
 def test_the_commonest_chat_template(devec: Runner) -> None:

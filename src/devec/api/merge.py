@@ -221,10 +221,12 @@ def merged_vector(
     def cost(name: str) -> int:
         parts = sum(cost_of(v.deltas)(name) for v in pool if name in v.deltas)
         n, m = pool.layout(name).matrix_shape
+        grain = method.grain_with(parameters[name])
         if by_blocks(method, Block(name, pool.layout(name), (), ()), parameters[name]):
-            # of every vector a few copies of a block, and the counts of a selection
-            return parts + (0 if method.keeps_rank else len(pool) * (3 * max(BLOCK, m) * 8 + 3 * BINS * 8))
-        own = 8 if method.grain == "rows" else 2  # sorting a row and drawing for it take a few copies of one matrix
+            # of every vector a few copies of a block in float64, and the counts of a selection
+            sums = method.keeps_rank and grain == "elements"
+            return parts + (0 if sums else len(pool) * 6 * 8 * (max(BLOCK, m) + BINS))
+        own = 8 if grain == "rows" else 2  # sorting a row and drawing for it take a few copies of one matrix
         return parts + (len(pool) + own) * n * m * 8  # whole matrices, and as much again for the method's own
 
     return replace(
