@@ -139,6 +139,12 @@ def test_what_cannot_be_read_is_refused(setting: Any, said: str) -> None:
         given(setting)
 
 
+def test_a_gradient_needs_layers() -> None:
+    with pytest.raises(UsageError, match="no tensor's name tells its layer"):
+        given([0, 1], names=["first.weight", "second.weight"])
+    assert given([{"filter": "first", "value": 1}, {"value": 0}], names=["first.weight", "second.weight"])
+
+
 def models() -> list[dict[str, Tensor]]:
     g = torch.Generator().manual_seed(3)
     return [{n: torch.randn(6, 4, generator=g) for n in NAMES} for _ in range(2)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from devec.api.references import open_model
-from devec.api.settings import is_cases, places
+from devec.api.settings import has_gradient, is_cases, places
 from devec.core.errors import IncompatibleError, UsageError
 from devec.core.results import Finding
 from devec.io.tokenizer import chat_template, vocabulary
@@ -269,18 +269,12 @@ def _carried(value: Any, parameter: Parameter) -> Any:
 def _layered(of_slices: Sequence[tuple[tuple[int, int] | None, Any]]) -> Any:
     """One setting for the model of one for each slice; gradients run over the layers of their slice."""
     first, last = of_slices[0][1], of_slices[-1][1]
-    if len(of_slices) == 1 or (all(setting == first for _, setting in of_slices) and not _has_gradient(first)):
+    if len(of_slices) == 1 or (all(setting == first for _, setting in of_slices) and not has_gradient(first, False)):
         return first
     entries: list[dict[str, Any]] = [{"layers": list(layers or ()), "value": value} for layers, value in of_slices]
     if first != last:
         entries += [{"filter": part, "value": first} for part in BEFORE_LAYERS]
     return [*entries, {"value": last}]
-
-
-def _has_gradient(setting: Any) -> bool:
-    if isinstance(setting, Mapping):
-        return "gradient" in setting or _has_gradient(setting["value"])
-    return isinstance(setting, list) and any(map(_has_gradient, setting))
 
 
 def _idle(name: str, how: Reading, data: Mapping[str, Any], slices: Sequence[Slice]) -> list[Finding]:

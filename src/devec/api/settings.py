@@ -94,6 +94,12 @@ class Settings:
         where = places(dict.fromkeys([*model, *tensors.values()]))
         deepest = max((place.stop for place in where.values()), default=0)
         for name, setting in self.varying.items():
+            if not deepest and has_gradient(setting, self.method.takes_list(name)):
+                raise UsageError(
+                    f"{self.method.name}: {name} has a gradient, and no tensor's name tells its layer",
+                    values={"first": next(iter(where), "no tensor")},
+                    remedy="Write entries with filters: [{filter: NAME, value: 1}, {value: 0}].",
+                )
             for _, stop in _ranges(setting):
                 if stop > deepest:
                     raise UsageError(
@@ -308,6 +314,17 @@ def _samples(setting: Any, several: bool) -> Iterator[Any]:
                 yield [value] if several and not isinstance(value, list) else value
     else:
         yield setting
+
+
+def has_gradient(setting: Any, several: bool) -> bool:
+    """Whether the setting depends on depth."""
+    if isinstance(setting, Mapping):
+        return "gradient" in setting or has_gradient(setting["value"], several)
+    if not isinstance(setting, list):
+        return False
+    if is_cases(setting):
+        return any(has_gradient(case["value"], several) for case in setting)
+    return not several or any(has_gradient(one, False) for one in setting)
 
 
 def _ranges(setting: Any) -> Iterator[tuple[int, int]]:
