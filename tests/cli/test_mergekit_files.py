@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from fixtures_models import Runner, refused, weights
+from fixtures_models import Models, Runner, deltas, refused, weights
 
 sys.path.append(str(Path(__file__).parent.parent / "golden"))
 
@@ -229,3 +229,29 @@ def test_settings_on_the_command_line(devec: Runner) -> None:
     found = [Path(f"{out}/model.safetensors").read_bytes() for out in ("one", "two", "three")]
     assert found[0] == found[1] == found[2]
     refused(devec(*command, "--set", "scale=[0.5", "-o", "out", code=2), "not YAML")
+
+
+def test_models_with_adapters(devec: Runner, llama: Models) -> None:
+    """``BASE+ADAPTER`` is a model of mergekit's too; depth is that of the base, in which adapters lack modules."""
+    models = [{"model": f"{llama.base}+{llama.la}"}, {"model": llama.a, "parameters": {"weight": [0, 1]}}]
+    devec("merge", config(base_model=llama.base, models=models), "-o", "out")
+    W0, A, D, found = weights(llama.base), weights(llama.a), deltas(llama.la), weights("out")
+    for n, w in W0.items():
+        if w.dtype == np.float64:
+            share = float(".layers.1." in n)
+            wanted = w + 0.5 * D.get(n, 0.0) + share * (A[n] - w)
+            assert np.abs(found[n] - wanted).max() < 1e-6, n
+
+
+def test_adapters_by_the_names_of_the_base(devec: Runner, llama: Models) -> None:
+    entries = "scale=[{filter: model.layers.1, value: 2}, {filter: v_proj, value: [0.5, 9]}, {value: 1}]"
+    command = ["merge", "--method", "task-arithmetic", llama.la, llama.lb, "--set", entries]
+    devec(*command, "--base", llama.base, "-o", "on-base")
+    devec(*command, "-o", "alone")
+    W0, found, low = weights(llama.base), weights("on-base"), deltas("alone")
+    both = [deltas(llama.la), deltas(llama.lb)]
+    for n in both[0]:
+        scale = 2 if "model.layers.1" in n else 0.5 if "v_proj" in n else 1
+        wanted = scale * (both[0][n] + both[1][n])
+        assert np.abs(found[n] - W0[n] - wanted).max() < 1e-6, n
+        assert np.abs(low[n] - wanted).max() < 1e-6, n

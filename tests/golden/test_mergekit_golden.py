@@ -17,7 +17,7 @@ import tiny_llama  # noqa: E402
 from fixtures_models import Runner, devec, work  # noqa: E402, F401
 
 FILES = sorted((HERE / "mergekit").glob("*.yml"))
-DIFFERENT = ("bfloat16", "model_stock_opposed", "ties_negative")
+DIFFERENT = ("bfloat16", "model_stock_opposed", "model_stock_small", "ties_negative")
 """Files whose results differ, and a test below that says how."""
 TOLERANCE = 1e-6
 """Of weights of size 1: a few float32 roundings in another order."""
@@ -97,6 +97,19 @@ def test_models_that_move_against_each_other(devec: Runner, models: dict[str, Te
         assert np.abs(theirs[n] - (w + t * (a + d) / 2)).max() < 1e-4 * max(1.0, abs(t))
         beyond += t < -1
     assert beyond > 10
+
+
+def test_models_that_hardly_move(devec: Runner, models: dict[str, Tensors]) -> None:  # noqa: F811
+    """mergekit's products of norms are at least 1e-6, which takes small changes for nearly orthogonal ones."""
+    found, theirs = ours(devec, "model_stock_small"), mergekits("model_stock_small")
+    for n, w in models["base"].items():
+        h, i = changes(models, "h", n), changes(models, "i", n)
+        inner, size = float((h * i).sum()), float(np.linalg.norm(h) * np.linalg.norm(i))
+        assert size < 1e-7
+        for made, c in ((found, inner / size), (theirs, inner / 1e-6)):
+            wanted = w + 2 * c / (1 + c) * (h + i) / 2
+            assert np.abs(made[n] - wanted).max() < 3e-7
+        assert np.abs(found[n] - theirs[n]).max() > 3e-6
 
 
 def test_dtype_is_where_mergekit_computes(devec: Runner, models: dict[str, Tensors]) -> None:  # noqa: F811

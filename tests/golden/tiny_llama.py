@@ -1,7 +1,8 @@
 """The models of tests/golden: made anew from a seed on either side, so that none is stored. Needs numpy alone.
 
-``base`` and ``a`` to ``g``: Llama-shaped checkpoints of 3 layers and width 8 in float32. ``d`` moves against ``a``;
-``e``, ``f`` and ``g`` move much alike. The stream of ``RandomState`` is frozen: every numpy makes the same numbers.
+``base`` and ``a`` to ``i``: Llama-shaped checkpoints of 3 layers and width 8 in float32. ``d`` moves against ``a``;
+``e``, ``f`` and ``g`` move much alike, ``h`` and ``i`` too but hardly. The stream of ``RandomState`` is frozen: every
+numpy makes the same numbers.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ def models() -> dict[str, Tensors]:
     found["d"] = {
         n: base[n] - 0.7 * (x - base[n]) + 0.05 * random.standard_normal(x.shape) for n, x in found["a"].items()
     }
+    for name in "hi":
+        found[name] = {n: base[n] + 1e-5 * (2 * common[n] + random.standard_normal(common[n].shape)) for n in base}
     return {name: {n: x.astype(np.float32) for n, x in tensors.items()} for name, tensors in found.items()}
 
 
