@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from devec.api.merge import merge, model_for
-from devec.api.settings import bind, of_sources, places
+from devec.api.settings import bind, of_sources
+from devec.api.varying import places
 from devec.core.errors import UsageError
 from devec.methods import registry
 from merges import vector

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 import yaml
 
+from devec.api.settings import bind
+from devec.core.errors import DevecError
+from devec.methods import registry
 from fixtures_models import Models, Runner, deltas, refused, weights
 
 sys.path.append(str(Path(__file__).parent.parent / "golden"))
@@ -255,3 +259,47 @@ def test_adapters_by_the_names_of_the_base(devec: Runner, llama: Models) -> None
         wanted = scale * (both[0][n] + both[1][n])
         assert np.abs(found[n] - W0[n] - wanted).max() < 1e-6, n
         assert np.abs(low[n] - wanted).max() < 1e-6, n
+
+
+ODD: list[Any] = [
+    None, 5, -1.5, True, "", "x", "a+b", [], [1], ["x"], [[1]], {}, {"x": 1}, {"value": 1}, [{"value": []}],
+    [{"filter": 1}], float("nan"),
+]  # fmt: skip
+
+
+def swapped(data: Any) -> Iterator[Any]:
+    """The same with any one part of it replaced by something odd."""
+    yield from ODD
+    if isinstance(data, dict):
+        for key, value in data.items():
+            yield from ({**data, key: odd} for odd in swapped(value))
+        yield {**data, 7: 1}
+    if isinstance(data, list):
+        for i, value in enumerate(data):
+            yield from ([*data[:i], odd, *data[i + 1 :]] for odd in swapped(value))
+
+
+def test_whatever_a_file_holds_is_read_or_refused() -> None:
+    from devec.api.recipe import Recipe, read_recipe
+
+    wholes = [
+        {"merge_method": "ties", "base_model": "base", "parameters": {"weight": 1, "normalize": True},
+         "models": [{"model": "a", "parameters": {"density": [{"filter": "x", "value": [0, 1]}, {"value": 1}]}}],
+         "tokenizer": {"source": "base"}, "chat_template": "auto", "dtype": "float32"},
+        {"merge_method": "slerp", "base_model": "a", "parameters": {"t": [0, 1]}, "tokenizer_source": "base",
+         "slices": [{"sources": [{"model": m, "layer_range": [0, 3]} for m in "ab"], "parameters": {"t": 0.5}}]},
+        {"method": "average", "sources": [{"model": "a", "parameters": {"weight": [0, 1]}}, "b"],
+         "parameters": {"weights": [{"value": [1, 2]}], "reduce": "sum"}, "view": {"fdr": 0.1}},
+    ]  # fmt: skip
+    read = refusals = 0
+    for whole in wholes:
+        for data in swapped(whole):
+            Path("any.yml").write_text(yaml.safe_dump(data))
+            try:
+                recipe = read_recipe("any.yml")
+                assert isinstance(recipe, Recipe)
+                bind(registry.get("merge", recipe.method), recipe.settings())
+                read += 1
+            except DevecError:
+                refusals += 1
+    assert read > 50 and refusals > 500

@@ -147,7 +147,7 @@ def merge(
 ) -> Merged:
     """Run a registered merge method block by block, lazily.
 
-    ``parameters`` are numbers and words, or vary over the model (see ``api.settings``).
+    ``parameters`` are numbers and words, or vary over the model (see ``api.varying``).
     ``workers`` threads take the pass over the whole model that some methods need (all cores by default);
     ``statistics`` is what that pass found in another process, which is then not taken here.
 
