@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_llama
 from safetensors.torch import load_file
 
+from fixtures_models import Runner
+
 HERE = Path(__file__).parent
-sys.path.append(str(HERE))
-
-import tiny_llama  # noqa: E402
-
-from fixtures_models import Runner, devec, work  # noqa: E402, F401
-
 FILES = sorted((HERE / "mergekit").glob("*.yml"))
 DIFFERENT = ("bfloat16", "model_stock_opposed", "model_stock_small", "ties_negative")
 """Files whose results differ, and a test below that says how."""
@@ -25,7 +21,7 @@ Tensors = dict[str, np.ndarray]
 
 
 @pytest.fixture
-def models(work: Path) -> dict[str, Tensors]:  # noqa: F811
+def models(work: Path) -> dict[str, Tensors]:
     tiny_llama.write(work)
     return tiny_llama.models()
 
@@ -51,7 +47,7 @@ def test_every_file_has_a_result() -> None:
 
 
 @pytest.mark.parametrize("name", [file.stem for file in FILES if file.stem not in DIFFERENT])
-def test_the_same_as_mergekit(devec: Runner, models: dict[str, Tensors], name: str) -> None:  # noqa: F811
+def test_the_same_as_mergekit(devec: Runner, models: dict[str, Tensors], name: str) -> None:
     wanted = mergekits(name)
     found = apart(ours(devec, name), wanted)
     assert {n: error for n, error in found.items() if error > TOLERANCE} == {}
@@ -66,7 +62,7 @@ def changes(models: dict[str, Tensors], name: str, n: str) -> np.ndarray:
     return models[name][n].astype(np.float64) - models["base"][n]
 
 
-def test_a_mean_of_signed_weights(devec: Runner, models: dict[str, Tensors]) -> None:  # noqa: F811
+def test_a_mean_of_signed_weights(devec: Runner, models: dict[str, Tensors]) -> None:
     """mergekit divides what agrees by the sum of its weights, which a negative weight makes a change of sign."""
     found, theirs = ours(devec, "ties_negative"), mergekits("ties_negative")
     for n, w in models["base"].items():
@@ -84,7 +80,7 @@ def test_a_mean_of_signed_weights(devec: Runner, models: dict[str, Tensors]) -> 
     assert (np.sign(found[n] - models["base"][n])[alone] == -np.sign(theirs[n] - models["base"][n])[alone]).all()
 
 
-def test_models_that_move_against_each_other(devec: Runner, models: dict[str, Tensors]) -> None:  # noqa: F811
+def test_models_that_move_against_each_other(devec: Runner, models: dict[str, Tensors]) -> None:
     """A negative mean cosine: the base here, a step beyond it in mergekit."""
     found, theirs = ours(devec, "model_stock_opposed"), mergekits("model_stock_opposed")
     beyond = 0
@@ -99,7 +95,7 @@ def test_models_that_move_against_each_other(devec: Runner, models: dict[str, Te
     assert beyond > 10
 
 
-def test_models_that_hardly_move(devec: Runner, models: dict[str, Tensors]) -> None:  # noqa: F811
+def test_models_that_hardly_move(devec: Runner, models: dict[str, Tensors]) -> None:
     """mergekit's products of norms are at least 1e-6, which takes small changes for nearly orthogonal ones."""
     found, theirs = ours(devec, "model_stock_small"), mergekits("model_stock_small")
     for n, w in models["base"].items():
@@ -112,7 +108,7 @@ def test_models_that_hardly_move(devec: Runner, models: dict[str, Tensors]) -> N
         assert np.abs(found[n] - theirs[n]).max() > 3e-6
 
 
-def test_dtype_is_where_mergekit_computes(devec: Runner, models: dict[str, Tensors]) -> None:  # noqa: F811
+def test_dtype_is_where_mergekit_computes(devec: Runner, models: dict[str, Tensors]) -> None:
     """In bfloat16 it rounds inputs, changes and sums; here the sum is taken in float32 and rounded once."""
     import torch
 

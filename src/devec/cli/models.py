@@ -11,6 +11,7 @@ import click
 
 from devec.cli import options, show
 from devec.cli.options import Printing
+from devec.cli.recipes import from_recipe, typed
 from devec.cli.vectors import dry, dtypes, saving_of, show_errors
 
 
@@ -115,12 +116,12 @@ def merge(
 
     parameters: dict[str, Any] = {}
     if method is None:
-        sources, method, base, parameters, o = _from_recipe(sources, base, settings, o)
+        sources, method, base, parameters, o = from_recipe(sources, base, settings, o)
     for item in settings:
         key, sign, value = item.partition("=")
         if not sign:
             raise UsageError(f"--set {item!r} is not KEY=VALUE")
-        parameters[key] = _typed(key, value)
+        parameters[key] = typed(key, value)
     if o.get("seed") and "seed" in registry.get("merge", str(method)).parameters:
         parameters.setdefault("seed", o["seed"])  # of the recipe
     options.check_place(output, o["overwrite"], [base, *sources])
@@ -166,43 +167,6 @@ def merge(
         written, errors = save_merged(merged, output, saving, compression=compression, heads=o["heads_from"])
     show_errors(merged.vector, errors, how)
     show.wrote(output, written, how, {"error": errors} if errors else None)
-
-
-def _typed(key: str, text: str) -> Any:
-    """The text of --set, or what it means where it is written as a list or entries: ``[{filter: mlp, value: 1}]``."""
-    if not text.startswith(("[", "{")):
-        return text
-    import yaml
-
-    from devec.core.errors import UsageError
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {key}: not YAML: {' '.join(str(error).split())}") from None
-
-
-def _from_recipe(
-    sources: tuple[str, ...], base: str | None, settings: tuple[str, ...], o: dict[str, Any]
-) -> tuple[tuple[str, ...], str, str | None, dict[str, Any], dict[str, Any]]:
-    """A recipe in place of --method; options on the command line win over the recipe's."""
-    from devec.api.recipe import read_recipe
-    from devec.core.errors import UsageError
-
-    if len(sources) != 1 or not sources[0].endswith((".yaml", ".yml")):
-        raise UsageError("merge needs --method, or one recipe file", remedy="Write devec merge RECIPE.yaml -o OUT.")
-    recipe = read_recipe(sources[0])
-    merged = dict(o)
-    for key in ("rank", "energy", "error", "heads_from", "out_dtype", "dtype"):
-        if merged.get(key) is None:
-            merged[key] = getattr(recipe, key)
-    merged["seed"], merged["notes"], merged["chat_template"] = recipe.seed, recipe.notes, recipe.chat_template
-    for key in ("include", "exclude"):
-        merged[key] = tuple(merged[key]) or tuple(getattr(recipe, key))
-    for key, value in recipe.view.model_dump(exclude_none=True).items():
-        if merged.get(key) is None:
-            merged[key] = value
-    return tuple(recipe.references), recipe.method, base or recipe.base, recipe.settings(), merged
 
 
 @click.command()

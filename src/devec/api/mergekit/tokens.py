@@ -59,12 +59,13 @@ def strange_tokens(data: Mapping[str, Any]) -> list[str]:
     if template not in (None, "auto") and not (isinstance(template, str) and "{" in template):
         strange.append(f"chat_template: {template}")
     source, tokenizer = data.get("tokenizer_source"), data.get("tokenizer")
-    if source not in (None, "base", data.get("base_model")):
+    own = () if data.get("base_model") is None else ("base", data["base_model"])
+    if source not in (None, *own):
         strange.append(f"tokenizer_source: {source}")
     if tokenizer is not None:
         more = dict(tokenizer) if isinstance(tokenizer, Mapping) else {"source": tokenizer}
         source = more.pop("source", "union")
-        if source not in ("base", data.get("base_model")):
+        if source not in own:
             strange.append(f"tokenizer.source: {source}")
         strange += [f"tokenizer.{key}" for key, value in more.items() if value]
     return strange
