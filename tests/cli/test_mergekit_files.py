@@ -79,6 +79,7 @@ def test_every_key_that_is_not_carried_over_is_named_at_once(devec: Runner) -> N
         ({"tokenizer": {"source": "union"}}, "tokenizer.source: union"),
         ({"tokenizer": {"source": "base", "pad_to_multiple_of": 8}}, "tokenizer.pad_to_multiple_of"),
         ({"merge_method": "linear", "base_model": None, "tokenizer_source": "base"}, "tokenizer_source: base"),
+        ({"merge_method": "linear", **sliced([0, 3])}, "none of the models of its slices"),
         (sliced([0, 2], [1, 3]), "repeat, leave out or move"),
         (sliced([0, 2]), "[0, 2], layers = 3"),
         (sliced([0, 3], [3, 6]), "layers = 3"),

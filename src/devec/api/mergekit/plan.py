@@ -73,10 +73,7 @@ def read(data: Mapping[str, Any], file: str | Path) -> Plan:
             f"not carried over from mergekit: {', '.join(dict.fromkeys(strange))}", file=file,
             remedy="Take it out, if the merge means the same without.",
         )
-    try:
-        return _plan(name, how, data, slices, file)
-    except (TypeError, ValueError, KeyError) as error:
-        raise UsageError(f"a value of the file does not fit: {error}", file=file) from None
+    return _plan(name, how, data, slices, file)
 
 
 def _is_each(how: Reading, key: str) -> bool:
@@ -126,7 +123,9 @@ def _ordered(name: str, how: Reading, models: list[str], base: str | None, *, wh
         if not others:
             raise UsageError(f"{name} has no model beside base_model")
         return others
-    return [base, *others] if base in models or whole or name == "slerp" else others
+    if base in models or whole or name == "slerp":
+        return [base, *others]
+    raise UsageError(f"base_model of {name} is none of the models of its slices", remedy="List it, or take it out.")
 
 
 # Parameters: by source, then by slice, then for all, then the default
@@ -146,7 +145,7 @@ def _setting(
             if set(entry) - {"filter", "value"}:
                 raise UsageError(f"{name}: {key} has an entry that cannot be read: {dict(entry)}")
             fits = {} if entry.get("filter") in (None, "*") else {"filter": str(entry["filter"])}
-            entries.append({**fits, "value": _carried(entry["value"], parameter)})
+            entries.append({**fits, "value": _carried(key, entry["value"], parameter)})
     if parameter.default is not REQUIRED:
         entries.append({"value": parameter.to(parameter.default)})
     last = next((i for i, entry in enumerate(entries) if "filter" not in entry), len(entries))
@@ -156,12 +155,18 @@ def _setting(
     return entries[0]["value"] if "filter" not in entries[0] else entries
 
 
-def _carried(value: Any, parameter: Parameter) -> Any:
+def _carried(key: str, value: Any, parameter: Parameter) -> Any:
+    def one(given: Any) -> Any:
+        try:
+            return parameter.to(given)
+        except (TypeError, ValueError, KeyError):
+            raise UsageError(f"{key}: {given!r} does not fit") from None
+
     if not isinstance(value, list):
-        return parameter.to(value)
+        return one(value)
     if not value:
-        raise ValueError("an empty list")
-    return {"gradient": [parameter.to(x) for x in value]}
+        raise UsageError(f"{key} is an empty list")
+    return {"gradient": [one(x) for x in value]}
 
 
 def _layered(of_slices: Sequence[tuple[tuple[int, int] | None, Any]]) -> Any:
