@@ -93,7 +93,7 @@ def test_permuting_the_vectors_changes_nothing() -> None:
 
 @pytest.mark.parametrize(("words", "said"), [
     ({"beta": 0.0}, r"beta=0 is not in \(0, 1\]"), ({"gamma": -0.1}, "gamma=-0.1"),
-    ({"beta": 0.6, "gamma": 0.5}, r"beta \+ gamma=1.1"), ({"scope": "model"}, "scope='model'"),
+    ({"beta": [0.5, 0.5, 0.5]}, "3 betas for 2"), ({"scope": "model"}, "scope='model'"),
     ({"weights": [1.0]}, "1 weights for 2"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_refused(words: dict[str, Any], said: str) -> None:

@@ -22,6 +22,7 @@ from devec.api.output import (
     written_vector,
 )
 from devec.api.references import ViewLike, existing, load_pool, open_model, parse
+from devec.api.settings import Settings, bind
 from devec.api.sources import hub_of, public_name
 from devec.api.whole import WholeModel, WholeTensor, by_blocks, find
 from devec.core.block import Block
@@ -36,7 +37,7 @@ from devec.io.adapters import is_adapter
 from devec.io.artifact import artifact_kind
 from devec.io.hub_id import HubFolder
 from devec.io.model_folder import WrittenModel
-from devec.io.names import Selection
+from devec.io.names import Selection, resolve_names
 from devec.linalg.numerics import one_blas_thread
 from devec.linalg.select import BINS
 from devec.methods import registry
@@ -136,6 +137,8 @@ class Merged:
     findings: tuple[Finding, ...] = ()
     statistics: Callable[[], Any] | None = None
     """What the method's pass over the model finds, made when first asked for; ``None`` if it takes none."""
+    looks: int = 0
+    """How often an input is read, at most, before it is merged."""
 
     @property
     def reference_base(self) -> TensorSource | None:
@@ -157,6 +160,7 @@ def merge(
 ) -> Merged:
     """Run a registered merge method block by block, lazily.
 
+    ``parameters`` are numbers and words, or vary over the model (see ``api.varying``).
     ``workers`` threads take the pass over the whole model that some methods need (all cores by default);
     ``statistics`` is what that pass found in another process, which is then not taken here.
 
@@ -164,7 +168,7 @@ def merge(
     not given.
     """
     chosen = registry.get("merge", method)
-    bound = registry.bind(chosen, dict(parameters or {}))
+    settings = bind(chosen, parameters or {})
     if not sources:
         raise UsageError("merge got no sources", remedy="Name at least one model or adapter.")
     under = open_model(base) if base is not None else None
@@ -178,12 +182,25 @@ def merge(
             )
         under = ZeroBase(open_model(sources[0]), selection or Selection())
     pool, notes = load_pool(sources, base=under, dtype=dtype, selection=selection, view=view)
-    _try_parameters(chosen, pool, bound)
+    common, bound = settings.whole(), _over(settings, pool, under)
+    different = list({id(values): values for values in bound.values()}.values())
+    for values in different:
+        _try_parameters(chosen, pool, values)
+    looks = max((chosen.looks(chosen.filled(values)) for values in different), default=0)
     found: Callable[[], Any] | None = None
-    if chosen.measures_model(bound):
+    if chosen.measures_model(common):
         known = statistics is not None
-        found = once(lambda: statistics if known else find(chosen, WholeModel(pool, chosen, workers), bound))
-    return Merged(chosen.name, merged_vector(chosen, pool, bound, found), pool, under, tuple(notes), found)
+        found = once(lambda: statistics if known else find(chosen, WholeModel(pool, chosen, common, workers), common))
+    return Merged(chosen.name, merged_vector(chosen, pool, bound, found), pool, under, tuple(notes), found, looks)
+
+
+def _over(settings: Settings, pool: Pool, base: TensorSource | None) -> dict[str, dict[str, Any]]:
+    """The parameters of every tensor of the pool; filters see the names of the base where there is one."""
+    own = pool.tensors()
+    if not settings.varying or base is None:
+        return settings.over({n: n for n in own}, own)
+    there = [*base.names(), *base.ties]
+    return settings.over(resolve_names(own, there), there)
 
 
 def _is_checkpoint(source: str | Path | TaskVector) -> bool:
@@ -197,15 +214,18 @@ def _is_checkpoint(source: str | Path | TaskVector) -> bool:
 
 
 def merged_vector(
-    method: registry.Method, pool: Pool, parameters: Mapping[str, Any], model: Callable[[], Any] | None = None
+    method: registry.Method,
+    pool: Pool,
+    parameters: Mapping[str, Mapping[str, Any]],
+    model: Callable[[], Any] | None = None,
 ) -> TaskVector:
     """The method's result as a lazy task vector over every tensor that any vector touches.
 
-    ``model`` gives what a method finds that goes over the whole model first.
+    ``parameters`` are those of each tensor; ``model`` gives what a method finds that goes over the whole model first.
     """
 
     def make(name: str) -> Delta:
-        return merged_delta(method, pool.block(name), parameters, model)
+        return merged_delta(method, pool.block(name), parameters[name], model)
 
     first = pool[0]
     names = pool.tensors()
@@ -214,12 +234,14 @@ def merged_vector(
     def cost(name: str) -> int:
         parts = sum(cost_of(v.deltas)(name) for v in pool if name in v.deltas)
         n, m = pool.layout(name).matrix_shape
-        if by_blocks(method, Block(name, pool.layout(name), (), ())):
+        grain = method.grain_with(parameters[name])
+        if by_blocks(method, Block(name, pool.layout(name), (), ()), parameters[name]):
             # of every vector a few copies of a block in float64, and the counts of a selection
-            return parts + (0 if method.keeps_rank else len(pool) * 6 * 8 * (max(BLOCK, m) + BINS))
-        if method.grain == "rows":  # sorting a row and drawing for it take a few copies of one matrix
+            sums = method.keeps_rank and grain == "elements"
+            return parts + (0 if sums else len(pool) * 6 * 8 * (max(BLOCK, m) + BINS))
+        if grain == "rows":  # sorting a row and drawing for it take a few copies of one matrix
             return parts + (len(pool) + 8) * n * m * 8
-        return parts + method.working_bytes((n, m), len(pool), parameters)
+        return parts + method.working_bytes((n, m), len(pool), parameters[name])
 
     return replace(
         first,
@@ -247,7 +269,7 @@ def merged_delta(
     Of adapters a method that keeps rank is given the factors. ``model`` gives what it finds over the whole model.
     """
     factors = method.keeps_rank and not any(is_dense(d) for d in block.deltas)
-    if factors or not by_blocks(method, block):
+    if factors or not by_blocks(method, block, parameters):
         if model is not None:
             block = replace(block, stats={**block.stats, "measured": model()})
         with one_blas_thread():  # factorisations round otherwise in a team of threads

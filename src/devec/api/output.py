@@ -48,6 +48,8 @@ class Saving:
     recipe: Mapping[str, Any] | None = None
     progress: Progress = silent
     engine: Engine = field(default_factory=Engine)
+    companions: Mapping[str, bytes] = field(default_factory=dict)
+    """Files of the output in place of the base's (see ``io.tokenizer``)."""
     job: Job | None = None
     """How another process makes the model that is saved, if one can."""
 
@@ -126,6 +128,7 @@ def save_model(model: TensorSource, out: str | Path, saving: Saving, base_models
             summary=saving.summary,
             card_text=saving.card_text,
             inputs=saving.kept,
+            companions=saving.companions,
         )
 
 

@@ -44,6 +44,7 @@ class WholeModel:
 
     pool: Pool
     method: Method
+    parameters: Mapping[str, Any]
     workers: int | None = None
 
     @property
@@ -52,24 +53,25 @@ class WholeModel:
 
     def __call__(self, look: Callable[[Iterable[Block]], L]) -> Iterator[L]:
         def one(name: str) -> L:
-            return look(parts_of(self.method, self.pool.block(name)))
+            return look(parts_of(self.method, self.pool.block(name), self.parameters))
 
         return in_order(one, self.pool.tensors(), self.workers or default_workers())
 
 
-def by_blocks(method: Method, block: Block) -> bool:
+def by_blocks(method: Method, block: Block, parameters: Mapping[str, Any]) -> bool:
     """Whether the method is given blocks of rows: its grain allows it, and the result is a full matrix.
 
     A method of elements does not care which way a matrix lies, so blocks follow the file; one of rows does. To it a
     1-D parameter is one row.
     """
-    rows = method.grain == "rows" and not block.layout.transposed and not block.layout.is_vector
-    return method.grain == "elements" or rows
+    grain = method.grain_with(parameters)
+    rows = grain == "rows" and not block.layout.transposed and not block.layout.is_vector
+    return grain == "elements" or rows
 
 
-def parts_of(method: Method, block: Block) -> Iterable[Block]:
+def parts_of(method: Method, block: Block, parameters: Mapping[str, Any]) -> Iterable[Block]:
     """What the method is given of a tensor, in order."""
-    return WholeTensor(block.in_file()).parts() if by_blocks(method, block) else [block]
+    return WholeTensor(block.in_file()).parts() if by_blocks(method, block, parameters) else [block]
 
 
 def find(method: Method, whole: Whole, parameters: Mapping[str, Any]) -> Any:

@@ -10,6 +10,7 @@ import click
 
 from devec.cli import options, show
 from devec.cli.options import Printing
+from devec.cli.recipes import from_recipe, typed
 from devec.cli.vectors import dry, dtypes, of_matrices, saving_of, show_errors
 
 
@@ -120,12 +121,12 @@ def merge(
 
     parameters: dict[str, Any] = {}
     if method is None:
-        sources, method, base, parameters, o = _from_recipe(sources, base, settings, o)
+        sources, method, base, parameters, o = from_recipe(sources, base, settings, o)
     for item in settings:
         key, sign, value = item.partition("=")
         if not sign:
             raise UsageError(f"--set {item!r} is not KEY=VALUE")
-        parameters[key] = value
+        parameters[key] = typed(key, value)
     if o.get("seed") and "seed" in registry.get("merge", str(method)).parameters:
         parameters.setdefault("seed", o["seed"])  # of the recipe
     there = options.check_place(output, o, [base, *sources])
@@ -139,13 +140,19 @@ def merge(
     merged = run(**given, dtype=getattr(torch, o["dtype"]), workers=workers)
     from devec.core.findings import pool_findings
 
-    notes = [*merged.findings, *pool_findings(merged.pool)]
+    notes = [*o.get("notes", ()), *merged.findings, *pool_findings(merged.pool)]
     show.warn([n.as_dict() for n in notes], strict=o["strict"])
     saving = saving_of(
         "merge", o,
         {"method": method, "parameters": parameters, "rank": o["rank"], "energy": o["energy"], "error": o["error"],
-         "heads_from": o["heads_from"], **options.read_time(o)},
+         "heads_from": o["heads_from"], "chat_template": o.get("chat_template"), **options.read_time(o)},
     )
+    if o.get("chat_template") is not None:
+        from devec.io.tokenizer import with_template
+
+        if output.endswith(".safetensors") or compression.asked:
+            raise UsageError("a chat template needs the folder of a whole model", file=output)
+        saving = replace(saving, companions=with_template(o["chat_template"], getattr(merged.base, "folder", None)))
 
     def job(arguments: dict[str, Any]) -> Job:
         return Job("devec.api.merge.model_for", {**arguments, "heads": o["heads_from"], **dtypes(o)})
@@ -165,9 +172,7 @@ def merge(
     if o["dry_run"]:
         if not adapter:
             model = model_for(**given, heads=o["heads_from"], **dtypes(o))
-            chosen = registry.get("merge", str(method))
-            looks = chosen.looks(chosen.filled(registry.bind(chosen, parameters)))
-            stages = [plan_write(model, saving.engine, saving.out_dtype, looks=looks)]
+            stages = [plan_write(model, saving.engine, saving.out_dtype, looks=merged.looks)]
         return dry(output, how, stages, sources=len(merged.pool), tensors=len(merged.vector.deltas))
     if saving.engine.executor == "ray" and merged.statistics is not None:  # found once, not by every worker
         given["statistics"] = merged.statistics()
@@ -179,24 +184,3 @@ def merge(
     show.wrote(output, written, how, {"error": errors} if errors else None)
 
 
-def _from_recipe(
-    sources: tuple[str, ...], base: str | None, settings: tuple[str, ...], o: dict[str, Any]
-) -> tuple[tuple[str, ...], str, str | None, dict[str, Any], dict[str, Any]]:
-    """A recipe in place of --method; options on the command line win over the recipe's."""
-    from devec.api.recipe import read_recipe
-    from devec.core.errors import UsageError
-
-    if len(sources) != 1 or not sources[0].endswith((".yaml", ".yml")):
-        raise UsageError("merge needs --method, or one recipe file", remedy="Write devec merge RECIPE.yaml -o OUT.")
-    recipe = read_recipe(sources[0])
-    merged = dict(o)
-    for key in ("rank", "energy", "error", "heads_from", "out_dtype", "dtype"):
-        if merged.get(key) is None:
-            merged[key] = getattr(recipe, key)
-    merged["seed"] = recipe.seed
-    for key in ("include", "exclude"):
-        merged[key] = tuple(merged[key]) or tuple(getattr(recipe, key))
-    for key, value in recipe.view.model_dump(exclude_none=True).items():
-        if merged.get(key) is None:
-            merged[key] = value
-    return tuple(recipe.sources), recipe.method, base or recipe.base, dict(recipe.parameters), merged

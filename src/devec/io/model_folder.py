@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -133,6 +134,7 @@ def write_model_folder(
     summary: Mapping[str, object] | None = None,
     card_text: str | None = None,
     inputs: Sequence[Path] = (),
+    companions: Mapping[str, bytes] | None = None,
 ) -> WrittenModel:
     """Write every tensor of ``source`` as ``plan`` says, with the values that ``fill`` puts into the writer.
 
@@ -140,8 +142,8 @@ def write_model_folder(
     bit. The plan's ``out_dtype`` holds for float tensors (default: the dtype that ``source`` stores each one in), and
     its ``infos`` replace shape and dtype of single tensors (e.g. a resized vocabulary). Tied tensors are written once.
     A plan for a name that ends in ``.safetensors`` gives that one file, with recipe, tensor hashes and the lock's hash
-    in its metadata; any other name gives a folder. ``provenance`` is asked for once the weights are written, when every
-    input was read.
+    in its metadata; any other name gives a folder, with ``companions`` in place of the base's files of these names.
+    ``provenance`` is asked for once the weights are written, when every input was read.
 
     Nothing stands under ``out`` before all is written. With ``run`` the finished tensors outlive an interrupt.
 
@@ -163,7 +165,7 @@ def write_model_folder(
             _write_config(folder.path, source, plan, out_dtype)
             if source.config is not None and "auto_map" in source.config:
                 notes.append("the base's config names custom code (auto_map), which is not copied")
-            failed += _copy_companions(folder.path, source.folder)
+            failed += _copy_companions(folder.path, source.folder, companions or {})
             found = provenance()
 
             def card() -> str:
@@ -292,12 +294,14 @@ def companions(base: Path | None) -> list[str]:
     return [p.as_posix() for p in sorted(found) if is_companion(p.as_posix())]
 
 
-def _copy_companions(folder: Path, base: Path | None) -> list[str]:
-    """Copy tokenizer, chat template and the like; returns what failed."""
-    if base is None:
-        return []
+def _copy_companions(folder: Path, base: Path | None, given: Mapping[str, bytes]) -> list[str]:
+    """Write what is given, and copy tokenizer, chat template and the like beside it; returns what failed."""
     failed: list[str] = []
+    for name, data in given.items():
+        failed += _side_step(name, partial(write_file, folder / name, data))
     for name in companions(base):
+        if base is None or name in given:
+            continue
         path, target = base / name, folder / name
 
         def copy(path: Path = path, target: Path = target) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from devec.core.contracts import Grain, Measure
 from devec.core.errors import UsageError
@@ -81,6 +81,10 @@ class Method:
         """Whether the first pass, with these parameters, goes over the whole model."""
         return self.measure is not None and self.filled(bound).get("scope", self.whole) == "model"
 
+    def grain_with(self, bound: Mapping[str, Any]) -> Grain:
+        """The grain, which the parameter ``scope=row`` makes rows."""
+        return "rows" if self.grain == "elements" and self.filled(bound).get("scope") == "row" else self.grain
+
     def filled(self, bound: Mapping[str, Any]) -> dict[str, Any]:
         """Every parameter: what is bound, else its default."""
         return {**{name: p.default for name, p in self.parameters.items()}, **bound}
@@ -96,6 +100,11 @@ class Method:
         """Everything after the block: name -> parameter, with its default and annotation."""
         items = list(inspect.signature(self.call).parameters.items())
         return dict(items[1:])
+
+    def takes_list(self, name: str) -> bool:
+        """Whether the parameter may have a value per vector."""
+        hint = inspect.get_annotations(self.call, eval_str=True).get(name, Any)
+        return any(get_origin(x) is list for x in (hint, *get_args(hint)))
 
     @property
     def summary(self) -> str:
@@ -169,16 +178,10 @@ def get(kind: str, name: str) -> Method:
 
 def bind(method: Method, values: dict[str, Any]) -> dict[str, Any]:
     """Check ``key=value`` parameters against the signature and convert strings to the annotated type."""
-    from difflib import get_close_matches
-
     bound: dict[str, Any] = {}
     for key, value in values.items():
-        parameter = method.parameters.get(key.replace("-", "_"))
-        if parameter is None:
-            near = get_close_matches(key, list(method.parameters), n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"It takes: {', '.join(method.parameters) or 'nothing'}."
-            raise UsageError(f"{method.name} has no parameter {key!r}", remedy=hint)
-        bound[parameter.name] = _convert(method, parameter, value)
+        parameter = parameter_of(method, key)
+        bound[parameter.name] = convert(method, parameter, value)
     missing = [
         p.name for p in method.parameters.values() if p.default is inspect.Parameter.empty and p.name not in bound
     ]
@@ -187,7 +190,20 @@ def bind(method: Method, values: dict[str, Any]) -> dict[str, Any]:
     return bound
 
 
-def _convert(method: Method, parameter: inspect.Parameter, value: Any) -> Any:
+def parameter_of(method: Method, key: str) -> inspect.Parameter:
+    """The parameter called ``key``. Raises UsageError, with the nearest name there is."""
+    from difflib import get_close_matches
+
+    parameter = method.parameters.get(key.replace("-", "_"))
+    if parameter is None:
+        near = get_close_matches(key, list(method.parameters), n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"It takes: {', '.join(method.parameters) or 'nothing'}."
+        raise UsageError(f"{method.name} has no parameter {key!r}", remedy=hint)
+    return parameter
+
+
+def convert(method: Method, parameter: inspect.Parameter, value: Any) -> Any:
+    """``value`` as the type that the parameter is annotated with. Raises UsageError if it does not fit."""
     from pydantic import TypeAdapter, ValidationError
 
     hints = inspect.get_annotations(method.call, eval_str=True)

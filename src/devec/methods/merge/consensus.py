@@ -9,7 +9,7 @@ from torch import Tensor
 from devec.core.block import Block
 from devec.core.delta import Delta
 from devec.core.errors import UsageError
-from devec.methods.merge.entries import merged, stack, total, within
+from devec.methods.merge.entries import merged, per_vector, stack, total, within
 from devec.methods.registry import register
 
 
@@ -39,9 +39,7 @@ def consensus(
 
 def thresholds(block: Block, threshold: Sequence[float] | float, method: str) -> list[float]:
     """One a vector."""
-    found = list(threshold) if isinstance(threshold, Sequence) else [threshold] * len(block.deltas)
-    if len(found) != len(block.deltas):
-        raise UsageError(f"{method} got {len(found)} thresholds for {len(block.deltas)} vectors")
+    found = per_vector(block, threshold, method, "thresholds")
     for value in found:
         within(method, "threshold", value, 0.0, float("inf"))
     return found

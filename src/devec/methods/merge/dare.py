@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from devec.core.block import Block
@@ -14,23 +13,26 @@ from devec.core.delta import Delta
 from devec.core.errors import UsageError
 from devec.linalg.counter import key_of, uniform
 from devec.methods.merge.entries import (
-    elected,
+    Reduce,
+    Then,
+    joined,
+    l1_factors,
     measured,
     merged,
-    of_the_elected,
+    of,
     one_of,
+    per_vector,
+    rescaled,
     stack,
-    total,
     weigh,
     weights_for,
 )
 from devec.methods.registry import register
 
-Then = Literal["task-arithmetic", "ties"]
-Rescale = Literal["inverse", "l1"]
+Rescale = Literal["inverse", "l1", "none"]
 
 
-def measure(whole: Whole, *, p: float, rescale: str, seed: int, **_: Any) -> list[float]:
+def measure(whole: Whole, *, p: Sequence[float] | float, rescale: str, seed: int, **_: Any) -> list[float]:
     """With rescale=l1, the factor of every vector; nothing is read otherwise."""
     return l1_factors(whole, lambda b: thinned(b, p, seed)) if rescale == "l1" else []
 
@@ -39,19 +41,22 @@ def measure(whole: Whole, *, p: float, rescale: str, seed: int, **_: Any) -> lis
           looks=lambda given: int(given["rescale"] == "l1"))
 def dare(
     block: Block,
-    p: float = 0.9,
+    p: list[float] | float = 0.9,
     then: Then = "task-arithmetic",
     scale: float = 0.3,
     weights: list[float] | None = None,
     rescale: Rescale = "inverse",
     seed: int = 0,
+    reduce: Reduce | None = None,
 ) -> Delta:
     """Drop each entry of each vector with probability p, rescale the rest, and merge what is left.
 
     Math        D_i = m_i * Delta_i / (1 - p), m_i ~ Bernoulli(1 - p) an entry
                 then=task-arithmetic: W = W_0 + scale * sum_i w_i D_i
                 then=ties: W = W_0 + scale * mean of the w_i D_i that have the sign of their sum (no trimming)
-    Symbols     w_i = weights[i], 1 each by default; rescale=l1: D_i = m_i * Delta_i * |Delta_i|_1 / |m_i * Delta_i|_1
+    Symbols     w_i = weights[i], 1 each by default; rescale=l1: D_i = m_i * Delta_i * |Delta_i|_1 / |m_i * Delta_i|_1,
+                rescale=none: D_i = m_i * Delta_i; reduce: sum, or mean (divided by sum_i w_i, or by sum |w_i| of those
+                that agree), by default the sum with then=task-arithmetic and the mean with then=ties
     Shapes      T deltas (n, m) -> one (n, m)
     Guarantees  mask: a function of (seed, tensor name, vector name, row, column) alone, so that blocks, order, workers
                 and a transposed file change nothing, and no global generator is used or moved;
@@ -61,24 +66,28 @@ def dare(
     Differs     mergekit draws from the global generator, so that its masks depend on the order of work, and its rescale
                 is rescale=l1, which is not unbiased draw by draw; then=ties drops entries whose sum is exactly 0.
                 scale is that of task-arithmetic; 1.0 is usual for one or two vectors and with then=ties
-    Raises      UsageError: number of weights, p outside [0, 1), an unknown word; InputError: NaN or infinity
+    Raises      UsageError: number of weights or p, p outside [0, 1), an unknown word; InputError: NaN or infinity
     """
-    if not 0.0 <= p < 1.0:
-        raise UsageError(f"dare: p={p:g} is not in [0, 1)")
-    one_of("dare", "rescale", rescale, "inverse", "l1")
+    for value in per_vector(block, p, "dare", "p"):
+        if not 0.0 <= value < 1.0:
+            raise UsageError(f"dare: p={value:g} is not in [0, 1)")
+    one_of("dare", "rescale", rescale, "inverse", "l1", "none")
     w = weights_for(block, weights, "dare")
     factors = measured(block, measure, p=p, rescale=rescale, seed=seed)
     entries = thinned(block, p, seed)
-    rescaled(entries, factors) if rescale == "l1" else entries.div_(1.0 - p)
-    return merged(block, joined("dare", weigh(entries, w), w, then).mul_(scale))
+    if rescale == "inverse":
+        for i, entry in enumerate(entries):
+            entry /= 1.0 - of(p, i)
+    rescaled(entries, factors)
+    return merged(block, joined("dare", weigh(entries, w), w, then, reduce).mul_(scale))
 
 
-def thinned(block: Block, p: float, seed: int) -> Tensor:
+def thinned(block: Block, p: Sequence[float] | float, seed: int) -> Tensor:
     """The entries of every vector, zero where they are dropped."""
     entries = stack(block)
-    if p > 0.0:
-        for entry, name in zip(entries, block.vectors, strict=True):
-            entry *= draws(block, name, seed) < 1.0 - p
+    for i, (entry, name) in enumerate(zip(entries, block.vectors, strict=True)):
+        if of(p, i) > 0.0:
+            entry *= draws(block, name, seed) < 1.0 - of(p, i)
     return entries
 
 
@@ -87,34 +96,3 @@ def draws(block: Block, vector: str, seed: int) -> Tensor:
     rows, columns = block.layout.matrix_shape
     key = key_of("mask", seed, block.name, vector)
     return uniform(key, rows, columns, block.first_row, flipped=block.flipped)
-
-
-def l1_factors(whole: Whole, thin: Callable[[Block], Tensor]) -> list[float]:
-    """``|Delta_i|_1 / |thinned|_1`` of each vector over the whole; 0 where nothing is left."""
-
-    def look(blocks: Iterable[Block]) -> Tensor | None:
-        sums = [torch.stack([_l1(stack(b)), _l1(thin(b))]) for b in blocks]
-        return sum(sums[1:], sums[0]) if sums else None
-
-    found = [sums for sums in whole(look) if sums is not None]
-    if not found:
-        return []
-    before, after = sum(found[1:], found[0])
-    return torch.where(after > 0, before / after, 0.0).tolist()
-
-
-def _l1(entries: Tensor) -> Tensor:
-    return torch.stack([entry.abs().double().sum() for entry in entries])
-
-
-def rescaled(entries: Tensor, factors: list[float]) -> Tensor:
-    """Each vector times its factor, in place; an empty tensor has none."""
-    for entry, factor in zip(entries, factors, strict=False):
-        entry *= factor
-    return entries
-
-
-def joined(method: str, entries: Tensor, weights: list[float], then: str) -> Tensor:
-    """The sum of what is left, or the mean of what has the elected sign."""
-    one_of(method, "then", then, "task-arithmetic", "ties")
-    return total(entries) if then == "task-arithmetic" else of_the_elected(entries, elected(entries), weights)

@@ -18,6 +18,8 @@ from devec.linalg.select import BINS, descend, digits, float_of, histogram
 
 L = TypeVar("L")
 Elect = Literal["sum", "count"]
+Then = Literal["task-arithmetic", "ties"]
+Reduce = Literal["sum", "mean"]
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,14 @@ def weigh(entries: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 def order_statistics(
-    whole: Whole, values: Callable[[Block], Tensor], ranks: Callable[[int], Sequence[int]],
+    whole: Whole, values: Callable[[Block], Tensor], ranks: Callable[[int, int], Sequence[int]],
     dtype: torch.dtype | None = None,
 ) -> list[list[float]]:
     """Of each vector, the entries of the given ranks (0 the smallest) among ``values(block)``, ``(T, n, m)``, exactly.
 
-    ``ranks(n)`` says which are wanted of n entries; an empty whole has none. ``dtype`` is that of the values (by
-    default that of the entries). Every pass reads everything once: 2 for float32, 4 for float64.
+    ``ranks(n, i)`` says which are wanted of the n entries of vector i, as many of each vector; an empty whole has none.
+    ``dtype`` is that of the values (by default that of the entries). Every pass reads everything once: 2 for float32,
+    4 for float64.
     """
     dtype = dtype or compute_dtype(whole.dtype)
     prefixes: list[list[int | None]] = []
@@ -113,7 +116,7 @@ def order_statistics(
         if sums is None or not int(sums[0, 0].sum()):
             return []
         if step == 0:
-            rests = [list(ranks(int(row.sum()))) for row in sums[:, 0]]
+            rests = [list(ranks(int(row.sum()), i)) for i, row in enumerate(sums[:, 0])]
             prefixes = [[None] * len(rest) for rest in rests]
             sums = sums.expand(-1, len(rests[0]), BINS)
         for vector, rest in enumerate(rests):
@@ -122,9 +125,9 @@ def order_statistics(
     return [[float_of(int(p), dtype) for p in row if p is not None] for row in prefixes]
 
 
-def largest(whole: Whole, density: float) -> list[float]:
+def largest(whole: Whole, density: Sequence[float] | float) -> list[float]:
     """Of each vector, the k-th largest magnitude, ``k = floor(density n)`` and at least 1; [] of an empty whole."""
-    found = order_statistics(whole, lambda block: stack(block).abs_(), lambda n: [n - kept(density, n)])
+    found = order_statistics(whole, lambda block: stack(block).abs_(), lambda n, i: [n - kept(of(density, i), n)])
     return [cut for (cut,) in found]
 
 
@@ -153,6 +156,65 @@ def of_the_elected(
 def quotient(values: Tensor, shares: Tensor) -> Tensor:
     """``values / shares``, 0 for 0/0."""
     return (values / shares).nan_to_num_(nan=0.0, posinf=float("inf"), neginf=float("-inf"))
+
+
+def l1_factors(whole: Whole, thin: Callable[[Block], Tensor]) -> list[float]:
+    """``|Delta_i|_1 / |thinned|_1`` of each vector over the whole; 0 where nothing is left."""
+
+    def look(blocks: Iterable[Block]) -> Tensor | None:
+        sums = [torch.stack([_l1(stack(b)), _l1(thin(b))]) for b in blocks]
+        return sum(sums[1:], sums[0]) if sums else None
+
+    found = [sums for sums in whole(look) if sums is not None]
+    if not found:
+        return []
+    before, after = sum(found[1:], found[0])
+    return torch.where(after > 0, before / after, 0.0).tolist()
+
+
+def _l1(entries: Tensor) -> Tensor:
+    return torch.stack([entry.abs().double().sum() for entry in entries])
+
+
+def rescaled(entries: Tensor, factors: Sequence[float]) -> Tensor:
+    """Each vector times its factor, in place; an empty tensor has none."""
+    for entry, factor in zip(entries, factors, strict=False):
+        entry *= factor
+    return entries
+
+
+def joined(method: str, entries: Tensor, weights: list[float], then: str, reduce: Reduce | None = None) -> Tensor:
+    """The sum of what is left, or of what has the elected sign; its mean with ``reduce="mean"``, the default of ties.
+
+    A mean divides by the sum of the weights: of all, or of ``|w|`` of those that agree.
+    """
+    one_of(method, "then", then, "task-arithmetic", "ties")
+    if reduce is not None:
+        one_of(method, "reduce", reduce, "sum", "mean")
+    if then == "ties":
+        return of_the_elected(entries, elected(entries), weights, reduce or "mean")
+    return total(entries).div_(sum_of(weights, method)) if reduce == "mean" else total(entries)
+
+
+def sum_of(weights: Sequence[float], method: str) -> float:
+    """Raises UsageError if it is zero."""
+    found = sum(weights)
+    if found == 0.0:
+        raise UsageError(f"{method}: the weights sum to zero")
+    return found
+
+
+def of(values: Sequence[float] | float, vector: int) -> float:
+    """A parameter's value for one vector."""
+    return values[vector] if isinstance(values, Sequence) else values
+
+
+def per_vector(block: Block, values: Sequence[float] | float, method: str, name: str) -> list[float]:
+    """One a vector. Raises UsageError if there are more or fewer."""
+    found = list(values) if isinstance(values, Sequence) else [values] * len(block.deltas)
+    if len(found) != len(block.deltas):
+        raise UsageError(f"{method} got {len(found)} {name} for {len(block.deltas)} vectors")
+    return found
 
 
 def weights_for(block: Block, weights: Sequence[float] | None, method: str) -> list[float]:

@@ -22,12 +22,12 @@ def measure(whole: Whole, *, ratio: float, **_: Any) -> dict[str, list[list[floa
     """Of every vector, (lowest, highest) magnitude without the edges, and (threshold, highest) of its scores."""
     sizes = order_statistics(
         whole, lambda b: stack(b).abs_(),
-        lambda n: [_inside(int(n * EDGE), n), _inside(int(n * (1.0 - EDGE) - 1.0), n)],
+        lambda n, _: [_inside(int(n * EDGE), n), _inside(int(n * (1.0 - EDGE) - 1.0), n)],
     )
     if not sizes:  # an empty whole
         return {"sizes": [], "scores": []}
     scores = order_statistics(
-        whole, lambda b: scored(stack(b), sizes), lambda n: [_inside(int(n * (1.0 - ratio)), n), n - 1],
+        whole, lambda b: scored(stack(b), sizes), lambda n, _: [_inside(int(n * (1.0 - ratio)), n), n - 1],
         torch.float64,
     )
     return {"sizes": sizes, "scores": scores}

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from devec.core.block import Block
 from devec.core.delta import Delta, DenseDelta, LowRankDelta
 from devec.core.errors import UsageError
+from devec.methods.merge.entries import one_of, sum_of
 from devec.methods.registry import register
 
 
 @register("merge", grain="elements", source="arXiv:2212.04089", keeps_rank=True)
-def task_arithmetic(block: Block, scale: float = 0.3, weights: list[float] | None = None) -> Delta:
+def task_arithmetic(
+    block: Block, scale: float = 0.3, weights: list[float] | None = None, reduce: Literal["sum", "mean"] = "sum"
+) -> Delta:
     """The sum of the task vectors, times one coefficient.
 
     Math        W = W_0 + scale * sum_i w_i Delta_i
-    Symbols     lambda = scale; w_i = weights[i], 1 each by default
+    Symbols     lambda = scale; w_i = weights[i], 1 each by default; reduce=mean: divided by sum_i w_i
     Shapes      T deltas (n, m) -> one (n, m)
     Guarantees  linear in scale, weights and deltas; permutation: order does not matter up to rounding;
                 one vector with scale 1 = the fine-tuned model
     Numerics    sums in the compute dtype in the order given; factors stay factors (ranks add)
     Differs     scale defaults to 0.3, the value published for eight vision tasks; for one or two vectors 1.0 is usual
-    Raises      UsageError: number of weights
+    Raises      UsageError: number of weights, reduce=mean of weights that sum to zero, an unknown word
     """
+    one_of("task-arithmetic", "reduce", reduce, "sum", "mean")
     if weights is not None and len(weights) != len(block.deltas):
         raise UsageError(f"task-arithmetic got {len(weights)} weights for {len(block.deltas)} vectors")
-    return weighted_sum(block, [scale * w for w in (weights or [1.0] * len(block.deltas))])
+    w = weights or [1.0] * len(block.deltas)
+    return weighted_sum(block, [scale * x for x in (shares(w, "task-arithmetic") if reduce == "mean" else w)])
+
+
+def shares(weights: list[float], method: str) -> list[float]:
+    """The weights divided by their sum. Raises UsageError if that is zero."""
+    whole = sum_of(weights, method)
+    return [w / whole for w in weights]
 
 
 def weighted_sum(block: Block, weights: list[float]) -> Delta:
