@@ -91,7 +91,7 @@ def test_models_are_read_and_written_as_planned(
     """To the byte: every part of every model that is read, as often as it is read, for hashes too."""
     words = MODELS[name]
     if name == "decompose in turn":  # no room for two deltas at once
-        monkeypatch.setattr("devec.api.factor.available", lambda: 0)
+        monkeypatch.setattr("devec.api.needs.available", lambda: 0)
     planned = stages(devec, words)
     reads.clear()
     devec(*words.split(), "-o", "out", "--workers", "1")
