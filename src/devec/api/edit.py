@@ -52,6 +52,7 @@ class Edited:
                     _check_tie(base, vector, own, there)
                 layout = _stored_layout(base, vector, own, name)
                 self.terms.setdefault(name, []).append((coefficient, vector, own, layout))
+        self.vectors = list({id(v): v for of_tensor in self.terms.values() for _, v, *_ in of_tensor}.values())
         self.heads = dict(heads or {})
         self._fingerprint: str | None = None
 

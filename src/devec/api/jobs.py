@@ -108,11 +108,12 @@ def sources_of(model: object) -> list[TensorSource]:
     found: dict[int, TensorSource] = {}
 
     def look(source: object) -> None:
-        if isinstance(source, Edited):
+        if isinstance(source, Checkpoint):  # first: the question whether it has a protocol's methods takes long
+            found.setdefault(id(source), source)
+        elif isinstance(source, Edited):
             look(source.base)
-            for terms in source.terms.values():
-                for _, vector, *_ in terms:
-                    look(vector)
+            for vector in source.vectors:
+                look(vector)
         elif isinstance(source, TaskVector):
             for each in source.origin.sources():
                 look(each)

@@ -191,7 +191,7 @@ def vectors_of(model: TensorSource) -> list[TaskVector]:
     """The vectors that an edited model adds to its base, each once."""
     if not isinstance(model, Edited):
         return []
-    return list({id(v): v for terms in model.terms.values() for _, v, *_ in terms}.values())
+    return list(model.vectors)
 
 
 def file_bytes(vectors: Sequence[TaskVector]) -> int:
