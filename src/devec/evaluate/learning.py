@@ -1,0 +1,292 @@
+"""Learned coefficients: ``W(c) = W_0 + sum_t c_t Delta_t``, and ``c`` minimises a loss of ``W(c)``.
+
+With ``G = dL/dW`` the gradient is ``dL/dc_t = <G, Delta_t>``: each step needs one merged copy, written in place, and T
+inner products, tensor by tensor as the backward pass brings them. No graph over T models is built, and no part is made:
+a dense delta is read by blocks of rows from where it lies, in its stored dtype; a factored one (an adapter, a shared
+part ``Z (Z^T Delta)``) stays thin, ``<G, B A> = <B^T G, A>``.
+
+Published schedules: AdaMerging (arXiv:2310.02575) and aTLAS (arXiv:2407.02880); see :data:`SCHEDULES`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from math import isfinite, sqrt
+
+import torch
+from torch import Tensor
+
+from devec.core.coefficients import CoefficientGrain, group_of
+from devec.core.contracts import Objective, TensorSource
+from devec.core.delta import Delta, LowRankDelta
+from devec.core.errors import IncompatibleError, UsageError
+from devec.core.lazy import row_blocks
+from devec.linalg.numerics import one_blas_thread
+
+Changes = Mapping[str, Sequence[tuple[int, Delta]]]
+"""tensor name -> (vector index, delta as its file holds it: rows are the file's rows). Each delta is asked for once."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How coefficients are learned: Adam, with decoupled weight decay where it is not zero.
+
+    ``clamp``  ``W(c)`` uses ``c`` cut to [0, 1], whose gradient outside is zero; otherwise ``c`` is signed and free
+    ``clip``   largest norm of the gradient (0: none)
+    """
+
+    steps: int = 500
+    lr: float = 1e-3
+    init: float = 0.3
+    clamp: bool = True
+    weight_decay: float = 0.0
+    clip: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+
+    def __post_init__(self) -> None:
+        sound = self.steps >= 0 and self.lr > 0.0 and self.weight_decay >= 0.0 and self.clip >= 0.0
+        if not sound or not all(map(isfinite, (self.lr, self.init, self.weight_decay, self.clip))):
+            raise UsageError(
+                "steps and weight decay are at least 0, a learning rate is above 0, and all are finite",
+                values={"steps": self.steps, "lr": self.lr, "init": self.init, "weight decay": self.weight_decay},
+            )
+
+
+ADAMERGING = Schedule()
+"""AdaMerging's own values: Adam 1e-3, 500 steps, start 0.3, clamped to [0, 1] in the forward pass."""
+
+ATLAS = Schedule(init=0.0, clamp=False, weight_decay=0.1, clip=1.0)
+"""aTLAS's own values: AdamW 1e-3 (few-shot 1e-1), decay 0.1, gradient norm at most 1, start 0, signed. It trains 20
+epochs of the smallest data set; here the number of steps is a number."""
+
+SCHEDULES = {"entropy": ADAMERGING, "ce": ATLAS}
+FEW_SHOT_RATE = 1e-1
+
+
+class LinearModel:
+    """``W(c)`` over everything that some vector changes, and the inner products of a gradient with every vector.
+
+    Holds the factors of factored deltas, stacked per tensor; dense deltas are asked for their rows at every use.
+    Computes in ``dtype``; a tensor's work depends on nothing but its own inputs.
+    """
+
+    def __init__(self, base: TensorSource, changes: Changes, vectors: int, dtype: torch.dtype = torch.float32) -> None:
+        self.base, self.vectors, self.dtype = base, vectors, dtype
+        self._held = {name: _Held.of(terms, dtype) for name, terms in changes.items()}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._held)
+
+    @torch.no_grad()  # by method: other threads begin with gradients on
+    def write(self, name: str, c: Tensor, out: Tensor) -> None:
+        """``W_0 + sum_t c_t Delta_t`` of one tensor into ``out``, in blocks of rows; ``c`` has shape ``(T,)``."""
+        held = self._held[name]
+        flat = _rows_of(out)
+        for start, stop in row_blocks(tuple(flat.shape)):
+            block = self.base.rows(name, start, stop).to(self.dtype, copy=True).reshape(stop - start, -1)
+            for t, delta in held.dense:
+                if c[t] != 0.0:
+                    block.add_(delta.rows(start, stop).dense().to(self.dtype), alpha=float(c[t]))
+            flat[start:stop] = block
+        if held.B.shape[1]:
+            flat.addmm_(held.B * c[held.owner].to(self.dtype), held.A)
+        if flat.data_ptr() != out.data_ptr():  # not contiguous: a copy was filled
+            out.copy_(flat.reshape(out.shape))
+
+    @torch.no_grad()
+    def inner(self, name: str, gradient: Tensor) -> Tensor:
+        """``<G, Delta_t>`` for every vector t, as float64 of shape ``(T,)``; factors stay factors."""
+        held, total = self._held[name], torch.zeros(self.vectors, dtype=torch.float64)
+        G = _rows_of(gradient).to(self.dtype)
+        for start, stop in row_blocks(tuple(G.shape) if held.dense else (0,)):
+            flat = G[start:stop].reshape(-1)
+            for t, delta in held.dense:
+                total[t] += float(torch.dot(flat, delta.rows(start, stop).dense().to(self.dtype).reshape(-1)))
+        if held.B.shape[1]:
+            # Through the shorter side, so that the product beside G is the smaller one.
+            if G.shape[0] < G.shape[1]:
+                each = ((G @ held.A.T) * held.B).sum(dim=0)
+            else:
+                each = ((held.B.T @ G) * held.A).sum(dim=1)
+            total.index_add_(0, held.owner, each.double())
+        return total
+
+
+@dataclass(frozen=True)
+class _Held:
+    """One tensor's deltas: dense ones to be read, factored ones as ``B (n, D)`` and ``A (D, m)``; ``owner[k]`` is the
+    vector of column k."""
+
+    dense: list[tuple[int, Delta]]
+    B: Tensor
+    A: Tensor
+    owner: Tensor
+
+    @classmethod
+    def of(cls, terms: Sequence[tuple[int, Delta]], dtype: torch.dtype) -> _Held:
+        dense = [(t, d) for t, d in terms if not isinstance(d, LowRankDelta)]
+        thin = [(t, d) for t, d in terms if isinstance(d, LowRankDelta) and d.B.shape[1]]
+        rows, cols = terms[0][1].shape
+        B = torch.cat([torch.empty(rows, 0, dtype=dtype), *(d.B.to(dtype) for _, d in thin)], dim=1)
+        A = torch.cat([torch.empty(0, cols, dtype=dtype), *(d.A.to(dtype) for _, d in thin)], dim=0)
+        owner = [t for t, d in thin for _ in range(d.B.shape[1])]
+        return cls(dense, B, A, torch.tensor(owner, dtype=torch.int64))
+
+
+def _rows_of(tensor: Tensor) -> Tensor:
+    """A stored tensor as the rows of its file (a view of a contiguous one)."""
+    return tensor.reshape(tensor.shape[0] if tensor.ndim else 1, -1)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """``values`` float64 ``(T, groups)`` as ``W(c)`` uses them (cut to [0, 1] if clamped), ``groups`` what their
+    columns are of, ``history`` the loss before each step on that step's rows."""
+
+    values: Tensor
+    groups: tuple[str, ...]
+    history: tuple[float, ...]
+
+
+Report = Callable[[int, int, str], None]
+
+
+def learn(
+    objective: Objective,
+    model: LinearModel,
+    schedule: Schedule = ADAMERGING,
+    *,
+    grain: CoefficientGrain = "vector",
+    workers: int = 1,
+    report: Report = lambda done, total, loss: None,
+) -> Learned:
+    """Minimise ``objective`` over the coefficients of ``model``, and leave the objective's weights at the result.
+
+    Math        dL/dc_{t,g} = sum over tensors of group g of <dL/dW, Delta_t>; Adam on c in float64
+    Shapes      T vectors, G groups (1, layers or tensors) -> c of shape (T, G)
+    Guarantees  the same bytes for the same inputs and any number of ``workers``; clamped coefficients have zero
+                gradient outside [0, 1]; memory is W(c), the factors, and gradients in flight: no T copies
+    Numerics    W(c) and inner products in the model's dtype, sums over blocks and tensors in float64
+    Raises      IncompatibleError: a changed tensor that the network lacks or holds in another shape; UsageError: a
+                loss that is not finite
+    """
+    weights = _checked(objective.weights(), model)
+    of = group_of(grain)
+    groups = tuple(dict.fromkeys(of(n) for n in model.names))
+    column = {n: groups.index(of(n)) for n in model.names}
+    c = torch.full((model.vectors, len(groups)), schedule.init, dtype=torch.float64)
+    optimiser = _Adam(c, schedule)
+    history: list[float] = []
+    with one_blas_thread(), _Workers(workers) as work:
+
+        def write_all() -> None:
+            used = c.clamp(0.0, 1.0) if schedule.clamp else c
+            work.all(lambda n: model.write(n, used[:, column[n]], weights[n]), model.names)
+
+        for step in range(schedule.steps):
+            write_all()
+            found: dict[str, Future[Tensor]] = {}
+
+            def take(name: str, gradient: Tensor, found: dict[str, Future[Tensor]] = found) -> None:
+                if name in column:
+                    found[name] = work.submit(model.inner, name, gradient)
+
+            loss = objective.gradients(step, take)
+            _check_finite(loss, step, schedule)
+            history.append(loss)
+            gradient = torch.zeros_like(c)
+            for name in model.names:  # in the order of the names: sums do not depend on who finished first
+                if name in found:
+                    gradient[:, column[name]] += found[name].result()
+            if schedule.clamp:
+                gradient *= (c >= 0.0) & (c <= 1.0)
+            optimiser.step(gradient)
+            report(step + 1, schedule.steps, f"loss {loss:.4g}")
+        write_all()
+    return Learned(c.clamp(0.0, 1.0) if schedule.clamp else c, groups, tuple(history))
+
+
+def _checked(weights: Mapping[str, Tensor], model: LinearModel) -> Mapping[str, Tensor]:
+    for name in model.names:
+        if name not in weights:
+            raise IncompatibleError(
+                "the vectors change a tensor that the network does not have", tensor=name,
+                values={"network's first": next(iter(weights), "none")},
+                remedy="Leave it out with exclude in the recipe, or give the network that the weights belong to.",
+            )
+        there, here = tuple(weights[name].shape), tuple(model.base.info(name).shape)
+        if there != here:
+            raise IncompatibleError(
+                "a tensor has another shape in the network", tensor=name, values={"network": there, "base": here}
+            )
+        if weights[name].dtype != model.dtype:
+            raise IncompatibleError(
+                "the network computes in another dtype than the merge", tensor=name,
+                values={"network": weights[name].dtype, "merge": model.dtype},
+            )
+    return weights
+
+
+def _check_finite(loss: float, step: int, schedule: Schedule) -> None:
+    if not isfinite(loss):
+        raise UsageError(
+            "the loss is not finite while learning coefficients",
+            values={"loss": loss, "step": step, "learning rate": schedule.lr},
+            remedy="Use a smaller learning rate or a start nearer to zero.",
+        )
+
+
+class _Adam:
+    """Adam on a float64 tensor, in place (arXiv:1412.6980), with decoupled decay (arXiv:1711.05101)."""
+
+    def __init__(self, c: Tensor, schedule: Schedule) -> None:
+        self.c, self.schedule, self.count = c, schedule, 0
+        self.mean, self.square = torch.zeros_like(c), torch.zeros_like(c)
+
+    def step(self, gradient: Tensor) -> None:
+        s, self.count = self.schedule, self.count + 1
+        norm = float(torch.linalg.vector_norm(gradient))
+        if s.clip and norm > s.clip:
+            gradient = gradient * (s.clip / norm)
+        self.c.mul_(1.0 - s.lr * s.weight_decay)
+        self.mean.lerp_(gradient, 1.0 - s.betas[0])
+        self.square.lerp_(gradient * gradient, 1.0 - s.betas[1])
+        size = self.square.sqrt() / sqrt(1.0 - s.betas[1] ** self.count) + s.epsilon
+        self.c.sub_(s.lr / (1.0 - s.betas[0] ** self.count) * self.mean / size)
+
+
+class _Workers:
+    """Work on tensors: at once with one worker, on threads with more, of which a bounded number waits."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="devec-learn") if count > 1 else None
+        self._waiting: deque[Future[Tensor]] = deque()
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def all(self, function: Callable[[str], None], names: Sequence[str]) -> None:
+        for _ in map(function, names) if self._pool is None else self._pool.map(function, names):
+            pass
+
+    def submit(self, function: Callable[[str, Tensor], Tensor], name: str, gradient: Tensor) -> Future[Tensor]:
+        """Waits while more than two gradients a worker are held: a backward pass may be faster than the products."""
+        if self._pool is None:
+            done: Future[Tensor] = Future()
+            done.set_result(function(name, gradient))
+            return done
+        while len(self._waiting) >= 2 * self.count:
+            self._waiting.popleft().result()
+        future = self._pool.submit(function, name, gradient)
+        self._waiting.append(future)
+        return future
