@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from devec.api.coefficients import read_coefficients, weighted
 from devec.api.extract import to_lora
 from devec.api.output import Saving, edited, heads_from, save_model, save_vector
 from devec.api.references import ViewLike, existing, load_pool, open_model, parse
 from devec.api.sources import hub_of, public_name
 from devec.core.block import Block
+from devec.core.coefficients import Coefficients
 from devec.core.contracts import TensorInfo, TensorSource
 from devec.core.delta import Delta
 from devec.core.errors import InputError, UsageError
@@ -134,11 +136,14 @@ def merge(
     view: ViewLike = None,
     selection: Selection | None = None,
     dtype: torch.dtype = torch.float32,
+    coefficients: str | Path | Coefficients | None = None,
 ) -> Merged:
     """Run a registered merge method block by block, lazily.
 
+    ``coefficients`` (what ``learn`` returns, or its file) take the place of task arithmetic's scale and weights.
+
     Raises UsageError for an unknown method or parameter (with a suggestion), and when the method needs a base that is
-    not given.
+    not given; IncompatibleError for coefficients that were learned on other inputs.
     """
     chosen = registry.get("merge", method)
     bound = registry.bind(chosen, dict(parameters or {}))
@@ -155,7 +160,11 @@ def merge(
             )
         under = ZeroBase(open_model(sources[0]), selection or Selection())
     pool, notes = load_pool(sources, base=under, dtype=dtype, selection=selection, view=view)
-    vector = merged_vector(chosen, pool, bound)
+    scaled = pool
+    if coefficients is not None:
+        learned = coefficients if isinstance(coefficients, Coefficients) else read_coefficients(coefficients)
+        scaled, bound = weighted(learned, chosen, bound, pool, under, view, selection)
+    vector = merged_vector(chosen, scaled, bound)
     return Merged(vector, pool, under, tuple(notes))
 
 

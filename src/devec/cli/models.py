@@ -89,6 +89,7 @@ def apply_(
 @click.option("--method", metavar="M", help="A registered merge method (see devec methods).")
 @click.option("--base", metavar="B", help="The base (average needs none).")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A parameter of the method (repeatable).")
+@click.option("--coefficients", metavar="FILE", help="What devec learn wrote, in place of scale and weights.")
 @click.option("--heads-from", metavar="NAME", help="Take the heads of this input; by default none is written.")
 @click.option("--dtype", type=click.Choice(["float32", "float64"]), default=None,
               help="Compute in this dtype (float32).")
@@ -115,17 +116,19 @@ def merge(
     parameters: dict[str, Any] = {}
     if method is None:
         sources, method, base, parameters, o = _from_recipe(sources, base, settings, o)
+    learned = coefficients_of(o)
     for item in settings:
         key, sign, value = item.partition("=")
         if not sign:
             raise UsageError(f"--set {item!r} is not KEY=VALUE")
         parameters[key] = value
-    options.check_place(output, o["overwrite"], [base, *sources])
+    options.check_place(output, o["overwrite"], [base, *sources, o["coefficients"]])
     compression = Compression(o["rank"], o["energy"], o["error"])
     o["dtype"] = o.get("dtype") or "float32"
     given: dict[str, Any] = {
         "method": method, "sources": sources, "base": base, "parameters": parameters,
         "view": options.read_view(o, sources), "selection": Selection(tuple(o["include"]), tuple(o["exclude"])),
+        "coefficients": o["coefficients"],
     }
     merged = run(**given, dtype=getattr(torch, o["dtype"]))
     from devec.core.findings import pool_findings
@@ -135,7 +138,7 @@ def merge(
     saving = saving_of(
         "merge", o,
         {"method": method, "parameters": parameters, "rank": o["rank"], "energy": o["energy"], "error": o["error"],
-         "heads_from": o["heads_from"], **options.read_time(o)},
+         "heads_from": o["heads_from"], **options.read_time(o), "coefficients": learned},
     )
     saving = replace(saving, job=Job("devec.api.merge.model_for", {**given, "heads": o["heads_from"], **dtypes(o)}))
     if o["dry_run"]:
@@ -151,6 +154,18 @@ def merge(
     show.wrote(output, written, how, {"error": errors} if errors else None)
 
 
+def coefficients_of(o: dict[str, Any]) -> dict[str, Any] | None:
+    """What is to be recorded of ``--coefficients``; a note where they saw the test split's inputs."""
+    if o["coefficients"] is None:
+        return None
+    from devec.api.coefficients import described, read_coefficients
+
+    c = read_coefficients(o["coefficients"])
+    if c.transductive and not o.get("quiet"):
+        click.echo("note: transductive: these coefficients were learned on the inputs of the test split", err=True)
+    return described(o["coefficients"], c)
+
+
 def _from_recipe(
     sources: tuple[str, ...], base: str | None, settings: tuple[str, ...], o: dict[str, Any]
 ) -> tuple[tuple[str, ...], str, str | None, dict[str, Any], dict[str, Any]]:
@@ -162,7 +177,7 @@ def _from_recipe(
         raise UsageError("merge needs --method, or one recipe file", remedy="Write devec merge RECIPE.yaml -o OUT.")
     recipe = read_recipe(sources[0])
     merged = dict(o)
-    for key in ("rank", "energy", "error", "heads_from", "out_dtype", "dtype"):
+    for key in ("rank", "energy", "error", "heads_from", "out_dtype", "dtype", "coefficients"):
         if merged.get(key) is None:
             merged[key] = getattr(recipe, key)
     merged["seed"] = recipe.seed

@@ -82,6 +82,11 @@ class LinearModel:
     def names(self) -> list[str]:
         return list(self._held)
 
+    def owners(self, name: str) -> set[int]:
+        """The vectors that change a tensor."""
+        held = self._held[name]
+        return {*(t for t, _ in held.dense), *held.owner.tolist()}
+
     @torch.no_grad()  # by method: other threads begin with gradients on
     def write(self, name: str, c: Tensor, out: Tensor) -> None:
         """``W_0 + sum_t c_t Delta_t`` of one tensor into ``out``, in blocks of rows; ``c`` has shape ``(T,)``."""
@@ -146,10 +151,11 @@ def _rows_of(tensor: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Learned:
     """``values`` float64 ``(T, groups)`` as ``W(c)`` uses them (cut to [0, 1] if clamped), ``groups`` what their
-    columns are of, ``history`` the loss before each step on that step's rows."""
+    columns are of, ``column`` each tensor's; ``history`` the loss before each step on that step's rows."""
 
     values: Tensor
     groups: tuple[str, ...]
+    column: Mapping[str, int]
     history: tuple[float, ...]
 
 
@@ -208,7 +214,7 @@ def learn(
             optimiser.step(gradient)
             report(step + 1, schedule.steps, f"loss {loss:.4g}")
         write_all()
-    return Learned(c.clamp(0.0, 1.0) if schedule.clamp else c, groups, tuple(history))
+    return Learned(c.clamp(0.0, 1.0) if schedule.clamp else c, groups, column, tuple(history))
 
 
 def _checked(weights: Mapping[str, Tensor], model: LinearModel) -> Mapping[str, Tensor]:

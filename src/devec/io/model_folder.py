@@ -41,7 +41,7 @@ COMPANIONS = (
 """What a model needs beside its weights and its config: never weights, never code."""
 
 _COMPANION_SUFFIXES = {".json", ".jsonl", ".txt", ".model", ".tiktoken", ".jinja", ".bpe"}
-_RECIPE_KEY = "devec.recipe"
+RECIPE_KEY = "devec.recipe"
 _ROOM = 1 << 24
 """Bytes allowed for everything but the tensors when free space is checked."""
 
@@ -113,7 +113,7 @@ def plan_model(
     entries = plan_entries(source, out_dtype, infos)
     header = {**_tie_metadata(source), **(metadata or {})}
     if out.suffix == ".safetensors":
-        header[_RECIPE_KEY] = dump_yaml(provenance.to_recipe()).decode()
+        header[RECIPE_KEY] = dump_yaml(provenance.to_recipe()).decode()
         return ModelPlan(out, (Shard(out.name, tuple(entries)),), header)
     return ModelPlan(out, tuple(plan_shards(entries, shard_size)), header)
 
