@@ -279,9 +279,11 @@ def test_coefficients_of_other_inputs_are_refused(world: Path) -> None:
         devec.merge("average", sources, **kept)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="take the place"):
         devec.merge("task-arithmetic", sources, **kept, parameters={"scale": 0.4})  # type: ignore[arg-type]
-    shutil.copy("a.safetensors", "base.safetensors")
-    with pytest.raises(IncompatibleError, match="base has changed"):
-        devec.merge("task-arithmetic", sources, **kept)  # type: ignore[arg-type]
+    change("recipe.yaml", sources=sources[:3])
+    learn("--steps", "1", out="d.json")
+    other = {**kept, "base": "a.safetensors", "coefficients": "d.json"}
+    with pytest.raises(IncompatibleError, match="the base is not what"):
+        devec.merge("task-arithmetic", sources[:3], **other)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
