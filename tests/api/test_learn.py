@@ -105,6 +105,14 @@ def test_transductive_is_marked_in_the_coefficients_the_merge_and_its_scores(
     assert learn("--steps", "2", out="d.json")["learned"]["transductive"] is False
 
 
+def test_trimmed_vectors_are_trimmed_alike_when_merged(world: Path) -> None:
+    learn("--trim", "0.2", "--steps", "1", "--init", "1", "--lr", "1e-9")
+    assert run(["merge", "recipe.yaml", "--coefficients", "c.json", "-o", "m.safetensors", "-q"]) == 0
+    base, merged = load_file("base.safetensors"), load_file("m.safetensors")
+    moved = torch.cat([(merged[n] != base[n]).reshape(-1) for n in base if n.startswith("encoder.2")])
+    assert 0.1 < float(moved.float().mean()) < 0.7, "most entries are nobody's largest"
+
+
 def test_entropy_needs_no_labels(world: Path) -> None:
     """Other labels on the selection rows, the same coefficients."""
     one = learn("--steps", "4", "--lr", "0.05")

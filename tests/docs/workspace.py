@@ -80,7 +80,8 @@ def build(folder: Path) -> None:
     (folder / "net.py").write_text(NET)
     for seed, task in enumerate(("poetry", "law")):
         lines = np.random.default_rng(seed).integers(1, VOCABULARY, (40, 6))
-        np.savez(folder / f"{task}.npz", x_train=lines[:, :5], y_train=lines[:, 5], x_test=lines[:, :5], y_test=lines[:, 5])
+        x, y = lines[:, :5], lines[:, 5]
+        np.savez(folder / f"{task}.npz", x_train=x, y_train=y, x_test=x, y_test=y)
 
 
 def delta(factors: dict[str, tuple[Tensor, Tensor]], name: str, like: Tensor) -> Tensor:

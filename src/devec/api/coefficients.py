@@ -11,6 +11,7 @@ from typing import Any
 from devec.api.output import base_record
 from devec.api.records import input_record
 from devec.api.references import ViewLike
+from devec.api.trim import agreeing
 from devec.core.coefficients import Coefficients, check_names
 from devec.core.contracts import TensorSource
 from devec.core.errors import IncompatibleError, InputError, UsageError
@@ -107,7 +108,8 @@ def weighted(
                 remedy="Merge with the recipe that they were learned with.",
             )
     _check_inputs(c, pool, base)
-    return c.scaled(pool), {"scale": 1.0}
+    trim = c.learned.get("trim")
+    return c.scaled(pool if trim is None else agreeing(pool, float(trim))), {"scale": 1.0}
 
 
 def _check_inputs(c: Coefficients, pool: Pool, base: TensorSource | None) -> None:

@@ -15,6 +15,7 @@ from devec.api.edit import Edited
 from devec.api.eval import network_of, tasks_of
 from devec.api.jobs import checkpoints_of
 from devec.api.references import ViewLike, load_pool, open_model
+from devec.api.trim import agreeing
 from devec.core.coefficients import GRAINS, CoefficientGrain, Coefficients
 from devec.core.contracts import Objective, TensorSource
 from devec.core.delta import Delta, LowRankDelta
@@ -45,6 +46,7 @@ def learn(
     shots: int | None = None,
     batch: int | None = None,
     seed: int = 0,
+    trim: float | None = None,
     tasks: Sequence[str] | None = None,
     selection: Selection | None = None,
     view: ViewLike = None,
@@ -61,6 +63,7 @@ def learn(
                      calls layer-wise)
     ``transductive`` learn on the inputs of the test split, as AdaMerging published; marked in every result
     ``shots``        with ``ce``, so many labelled rows a class
+    ``trim``         learn on what :func:`~devec.api.trim.agreeing` leaves of the vectors (0.2: AdaMerging++)
     ``schedule``     fields of :class:`~devec.evaluate.learning.Schedule` in place of the objective's published ones
 
     ``sources`` are any vectors or parts that ``merge`` takes. Originals are held once, in their stored dtype; parts
@@ -73,7 +76,7 @@ def learn(
     under = open_model(base)
     pool, _ = load_pool(sources, base=under, dtype=dtype, selection=selection, view=view)
     count = workers or default_workers()
-    model = linear_model(under, pool, dtype, count)
+    model = linear_model(under, pool if trim is None else agreeing(pool, trim), dtype, count)
     network = network_of(found, under, dtype)
     loss = SuiteObjective(network, tasks_of(found, network, under, tasks), objective, sampling, model.names)
     result = minimise(loss, model, plan, grain=grain, workers=count, report=progress)
@@ -83,8 +86,8 @@ def learn(
         "suite": None if isinstance(suite, Suite) else {"file": Path(suite).name, "sha256": sha256_of(Path(suite))},
         "rows": {t.name: rows.words for t, rows in zip(loss.tasks, loss.rows, strict=True)},
         "data": {t.name: sha256_of(t.data.file) for t in loss.tasks},
-        "batch": sampling.batch, "shots": shots, "seed": seed, "schedule": vars(plan), "view": view_of(view),
-        "selection": selection_of(selection), "dtype": str(dtype).removeprefix("torch."),
+        "batch": sampling.batch, "shots": shots, "seed": seed, "trim": trim, "schedule": vars(plan),
+        "view": view_of(view), "selection": selection_of(selection), "dtype": str(dtype).removeprefix("torch."),
         "history": list(result.history),
     }  # fmt: skip
     return Coefficients(grain, values_of(result, model, pool), inputs, record, learned)

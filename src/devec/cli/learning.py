@@ -19,6 +19,8 @@ from devec.cli.options import Printing
               help="One coefficient per vector, per vector and layer, or per vector and tensor.")
 @click.option("--transductive", is_flag=True, help="Learn on the test split's inputs, as published; marked everywhere.")
 @click.option("--shots", type=click.IntRange(1), default=None, help="With ce: so many labelled rows a class.")
+@click.option("--trim", type=float, default=None, metavar="F",
+              help="Only this fraction of each vector's entries, where signs agree (0.2: AdaMerging++).")
 @click.option("--task", "tasks", multiple=True, metavar="NAME", help="Only this task of the suite (repeatable).")
 @click.option("--steps", type=click.IntRange(0), default=None, help="Steps of Adam (500).")
 @click.option("--lr", type=float, default=None, help="Learning rate (0.001; with --shots 0.1).")
@@ -65,7 +67,7 @@ def learn(
     with show.progress("learn", how) as advance:
         c = run(
             r.sources, base=r.base, suite=suite, objective=o["objective"], grain=o["grain"],
-            transductive=o["transductive"], shots=o["shots"], batch=o["batch"],
+            transductive=o["transductive"], shots=o["shots"], batch=o["batch"], trim=o["trim"],
             seed=r.seed if o["seed"] is None else o["seed"], tasks=o["tasks"] or None,
             selection=Selection(tuple(r.include), tuple(r.exclude)), view=view,
             dtype=getattr(torch, o["dtype"] or r.dtype), workers=o["workers"], progress=advance, **schedule,
