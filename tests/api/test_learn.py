@@ -113,6 +113,13 @@ def test_trimmed_vectors_are_trimmed_alike_when_merged(world: Path) -> None:
     assert 0.1 < float(moved.float().mean()) < 0.7, "most entries are nobody's largest"
 
 
+def test_a_search_without_gradients_lowers_the_loss(world: Path) -> None:
+    pytest.importorskip("cma")
+    found = learn("--objective", "ce", "--search", "cma", "--steps", "12", "--lr", "0.3")["learned"]
+    assert found["history"][-1] < 0.9 * found["history"][0]
+    assert found["search"] == "cma" and found["schedule"]["sigma"] == 0.3
+
+
 def test_entropy_needs_no_labels(world: Path) -> None:
     """Other labels on the selection rows, the same coefficients."""
     one = learn("--steps", "4", "--lr", "0.05")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from devec.engine.threads import Progress, default_workers, ordered_map, silent
 from devec.evaluate.learning import FEW_SHOT_RATE, SCHEDULES, Changes, Learned, LinearModel, Schedule
 from devec.evaluate.learning import learn as minimise
 from devec.evaluate.objectives import Kind, Sampling, SuiteObjective
+from devec.evaluate.search import SIGMA
+from devec.evaluate.search import search as search_for
 from devec.evaluate.suite import Suite, read_suite
 from devec.io.checkpoint import Checkpoint
 from devec.io.disk import sha256_of
@@ -47,6 +49,7 @@ def learn(
     batch: int | None = None,
     seed: int = 0,
     trim: float | None = None,
+    search: Literal["adam", "cma"] = "adam",
     tasks: Sequence[str] | None = None,
     selection: Selection | None = None,
     view: ViewLike = None,
@@ -64,6 +67,7 @@ def learn(
     ``transductive`` learn on the inputs of the test split, as AdaMerging published; marked in every result
     ``shots``        with ``ce``, so many labelled rows a class
     ``trim``         learn on what :func:`~devec.api.trim.agreeing` leaves of the vectors (0.2: AdaMerging++)
+    ``search``       ``cma``: without gradients, by CMA-ES (an extra); steps are generations, lr is the first deviation
     ``schedule``     fields of :class:`~devec.evaluate.learning.Schedule` in place of the objective's published ones
 
     ``sources`` are any vectors or parts that ``merge`` takes. Originals are held once, in their stored dtype; parts
@@ -72,21 +76,28 @@ def learn(
     Raises UsageError, InputError and IncompatibleError as ``merge`` and ``eval`` do.
     """
     found = suite if isinstance(suite, Suite) else read_suite(suite)
-    plan, sampling = choose(objective, grain, transductive, shots, batch, seed, schedule)
+    plan, sampling = choose(objective, grain, search, transductive, shots, batch, seed, schedule)
     under = open_model(base)
     pool, _ = load_pool(sources, base=under, dtype=dtype, selection=selection, view=view)
     count = workers or default_workers()
     model = linear_model(under, pool if trim is None else agreeing(pool, trim), dtype, count)
     network = network_of(found, under, dtype)
     loss = SuiteObjective(network, tasks_of(found, network, under, tasks), objective, sampling, model.names)
-    result = minimise(loss, model, plan, grain=grain, workers=count, report=progress)
+    if search == "cma":
+        sigma = SIGMA if schedule.get("lr") is None else plan.lr
+        how: dict[str, Any] = {"sigma": sigma, "seed": seed}
+        result = search_for(loss, model, plan, grain=grain, workers=count, report=progress, **how)
+    else:
+        how = {}
+        result = minimise(loss, model, plan, grain=grain, workers=count, report=progress)
     inputs, record = records(pool, under)
     learned = {
         "objective": objective, "split": sampling.split, "transductive": transductive,
         "suite": None if isinstance(suite, Suite) else {"file": Path(suite).name, "sha256": sha256_of(Path(suite))},
         "rows": {t.name: rows.words for t, rows in zip(loss.tasks, loss.rows, strict=True)},
         "data": {t.name: sha256_of(t.data.file) for t in loss.tasks},
-        "batch": sampling.batch, "shots": shots, "seed": seed, "trim": trim, "schedule": vars(plan),
+        "batch": sampling.batch, "shots": shots, "seed": seed, "trim": trim, "search": search,
+        "schedule": vars(plan) | how,
         "view": view_of(view), "selection": selection_of(selection), "dtype": str(dtype).removeprefix("torch."),
         "history": list(result.history),
     }  # fmt: skip
@@ -96,6 +107,7 @@ def learn(
 def choose(
     objective: str,
     grain: str,
+    search: str,
     transductive: bool,
     shots: int | None,
     batch: int | None,
@@ -103,6 +115,8 @@ def choose(
     changes: dict[str, Any],
 ) -> tuple[Schedule, Sampling]:
     """The objective's published schedule with changes (``None`` changes nothing), and the rows that it sees."""
+    if search not in ("adam", "cma"):
+        raise UsageError(f"no search is called {search!r}", remedy="There is: adam, cma.")
     if objective not in SCHEDULES:
         raise UsageError(f"no objective is called {objective!r}", remedy=f"There is: {', '.join(SCHEDULES)}.")
     if grain not in GRAINS:

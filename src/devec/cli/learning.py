@@ -22,8 +22,11 @@ from devec.cli.options import Printing
 @click.option("--trim", type=float, default=None, metavar="F",
               help="Only this fraction of each vector's entries, where signs agree (0.2: AdaMerging++).")
 @click.option("--task", "tasks", multiple=True, metavar="NAME", help="Only this task of the suite (repeatable).")
-@click.option("--steps", type=click.IntRange(0), default=None, help="Steps of Adam (500).")
-@click.option("--lr", type=float, default=None, help="Learning rate (0.001; with --shots 0.1).")
+@click.option("--search", type=click.Choice(["adam", "cma"]), default="adam", show_default=True,
+              help="Gradients (Adam), or none (CMA-ES; pip install devec[cma]).")
+@click.option("--steps", type=click.IntRange(0), default=None, help="Steps of Adam, generations of CMA-ES (500).")
+@click.option("--lr", type=float, default=None,
+              help="Learning rate (0.001; with --shots 0.1); of cma the first deviation (0.1).")
 @click.option("--batch", type=click.IntRange(1), default=None, help="Rows a task and step (entropy 32, ce 16).")
 @click.option("--init", type=float, default=None, help="Coefficient at the start (entropy 0.3, ce 0).")
 @click.option("--clamp/--signed", default=None, help="Cut to [0, 1] (entropy), or free and signed (ce).")
@@ -67,7 +70,7 @@ def learn(
     with show.progress("learn", how) as advance:
         c = run(
             r.sources, base=r.base, suite=suite, objective=o["objective"], grain=o["grain"],
-            transductive=o["transductive"], shots=o["shots"], batch=o["batch"], trim=o["trim"],
+            transductive=o["transductive"], shots=o["shots"], batch=o["batch"], trim=o["trim"], search=o["search"],
             seed=r.seed if o["seed"] is None else o["seed"], tasks=o["tasks"] or None,
             selection=Selection(tuple(r.include), tuple(r.exclude)), view=view,
             dtype=getattr(torch, o["dtype"] or r.dtype), workers=o["workers"], progress=advance, **schedule,

@@ -181,40 +181,59 @@ def learn(
     Raises      IncompatibleError: a changed tensor that the network lacks or holds in another shape; UsageError: a
                 loss that is not finite
     """
-    weights = _checked(objective.weights(), model)
-    of = group_of(grain)
-    groups = tuple(dict.fromkeys(of(n) for n in model.names))
-    column = {n: groups.index(of(n)) for n in model.names}
-    c = torch.full((model.vectors, len(groups)), schedule.init, dtype=torch.float64)
+    space = Space(objective, model, grain, schedule.clamp)
+    c = space.start(schedule.init)
     optimiser = _Adam(c, schedule)
     history: list[float] = []
-    with one_blas_thread(), _Workers(workers) as work:
-
-        def write_all() -> None:
-            used = c.clamp(0.0, 1.0) if schedule.clamp else c
-            work.all(lambda n: model.write(n, used[:, column[n]], weights[n]), model.names)
-
+    with one_blas_thread(), Workers(workers) as work:
         for step in range(schedule.steps):
-            write_all()
+            space.write(c, work)
             found: dict[str, Future[Tensor]] = {}
 
             def take(name: str, gradient: Tensor, found: dict[str, Future[Tensor]] = found) -> None:
-                if name in column:
+                if name in space.column:
                     found[name] = work.submit(model.inner, name, gradient)
 
-            loss = objective.gradients(step, take)
-            _check_finite(loss, step, schedule)
+            loss = check_finite(objective.gradients(step, take), step, schedule)
             history.append(loss)
             gradient = torch.zeros_like(c)
             for name in model.names:  # in the order of the names: sums do not depend on who finished first
                 if name in found:
-                    gradient[:, column[name]] += found[name].result()
+                    gradient[:, space.column[name]] += found[name].result()
             if schedule.clamp:
                 gradient *= (c >= 0.0) & (c <= 1.0)
             optimiser.step(gradient)
             report(step + 1, schedule.steps, f"loss {loss:.4g}")
-        write_all()
-    return Learned(c.clamp(0.0, 1.0) if schedule.clamp else c, groups, column, tuple(history))
+        return space.learned(c, history, work)
+
+
+class Space:
+    """Which coefficient each tensor takes, and the way from coefficients to the objective's weights.
+
+    Raises IncompatibleError where the network lacks a changed tensor, or holds it in another shape or dtype.
+    """
+
+    def __init__(self, objective: Objective, model: LinearModel, grain: CoefficientGrain, clamp: bool) -> None:
+        self.model, self.clamp = model, clamp
+        self.weights = _checked(objective.weights(), model)
+        of = group_of(grain)
+        self.groups = tuple(dict.fromkeys(of(n) for n in model.names))
+        self.column = {n: self.groups.index(of(n)) for n in model.names}
+
+    def start(self, value: float) -> Tensor:
+        return torch.full((self.model.vectors, len(self.groups)), value, dtype=torch.float64)
+
+    def used(self, c: Tensor) -> Tensor:
+        return c.clamp(0.0, 1.0) if self.clamp else c
+
+    def write(self, c: Tensor, work: Workers) -> None:
+        """``W(c)`` into the objective's weights."""
+        used = self.used(c)
+        work.all(lambda n: self.model.write(n, used[:, self.column[n]], self.weights[n]), self.model.names)
+
+    def learned(self, c: Tensor, history: Sequence[float], work: Workers) -> Learned:
+        self.write(c, work)
+        return Learned(self.used(c), self.groups, self.column, tuple(history))
 
 
 def _checked(weights: Mapping[str, Tensor], model: LinearModel) -> Mapping[str, Tensor]:
@@ -238,13 +257,15 @@ def _checked(weights: Mapping[str, Tensor], model: LinearModel) -> Mapping[str, 
     return weights
 
 
-def _check_finite(loss: float, step: int, schedule: Schedule) -> None:
+def check_finite(loss: float, step: int, schedule: Schedule) -> float:
+    """The loss. Raises UsageError if it is not finite."""
     if not isfinite(loss):
         raise UsageError(
             "the loss is not finite while learning coefficients",
             values={"loss": loss, "step": step, "learning rate": schedule.lr},
             remedy="Use a smaller learning rate or a start nearer to zero.",
         )
+    return loss
 
 
 class _Adam:
@@ -266,7 +287,7 @@ class _Adam:
         self.c.sub_(s.lr / (1.0 - s.betas[0] ** self.count) * self.mean / size)
 
 
-class _Workers:
+class Workers:
     """Work on tensors: at once with one worker, on threads with more, of which a bounded number waits."""
 
     def __init__(self, count: int) -> None:
@@ -274,7 +295,7 @@ class _Workers:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="devec-learn") if count > 1 else None
         self._waiting: deque[Future[Tensor]] = deque()
 
-    def __enter__(self) -> _Workers:
+    def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
