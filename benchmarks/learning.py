@@ -168,11 +168,12 @@ def lines(found: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 def markdown(facts: dict[str, Any], found: list[dict[str, Any]]) -> str:
     f = found[0]
     stored = f["parameters"] * 2
-    held = (
-        f"{f['parameters'] / 1e6:.1f}M parameters. Of the peak: base and originals in float16 "
-        f"{stored * (1 + f['originals']) / 1e9:.2f} GB, W(c) in float32 {2 * stored / 1e9:.2f} GB, factors of "
-        f"the shared parts {f['factors'] / 1e9:.2f} GB; T dense float32 copies would be {2 * stored * f['vectors'] / 1e9:.1f} GB."
-    )
+    originals, merged, dense = stored * (1 + f["originals"]), 2 * stored, 2 * stored * f["vectors"]
+    sizes = {"base and originals in float16": originals, "W(c) in float32": merged, "factors of parts": f["factors"]}
+    held = f"{f['parameters'] / 1e6:.1f}M parameters. Of the peak: "
+    held += ", ".join(f"{what} {size / 1e9:.2f} GB" for what, size in sizes.items())
+    held += "; in *network* a whole gradient besides, and activations of 16 pictures. "
+    held += f"T dense float32 copies would be {dense / 1e9:.1f} GB."
     head = f"Machine: {in_words(facts)}. 1 thread, processor time.\n"
     return "\n".join([head, report.grid(COLUMNS, lines(found)), held + "\n"])
 
@@ -198,7 +199,8 @@ def main(quick: bool, steps: int, write: bool, child: tuple[str, int] | None) ->
         for case in ("synthetic", "network"):
             status.update(case)
             command = ["-m", "benchmarks.learning", "--steps", str(steps), "--child", case, str(vectors)]
-            done = subprocess.run([sys.executable, *command], cwd=folder, env=_env(), check=True, stdout=subprocess.PIPE, text=True)
+            words = [sys.executable, *command]
+            done = subprocess.run(words, cwd=folder, env=_env(), check=True, stdout=subprocess.PIPE, text=True)
             found.append({**json.loads(done.stdout), "originals": vectors})
     out = report.HERE / "out"
     out.mkdir(exist_ok=True)

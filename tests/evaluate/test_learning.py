@@ -65,7 +65,7 @@ def merged(
 
 def run(schedule: Schedule, grain: str = "tensor", workers: int = 1, changes: Changes | None = None) -> Learned:
     base, own = world()
-    model = LinearModel(checkpoint_from_state_dict(base), changes or own, VECTORS, torch.float64)
+    model = LinearModel.of(checkpoint_from_state_dict(base), changes or own, VECTORS, torch.float64)
     return learn(FunctionObjective(base, loss_of), model, schedule, grain=grain, workers=workers)  # type: ignore[arg-type]
 
 
@@ -98,7 +98,7 @@ def test_steps_are_those_of_torch_with_autograd_through_the_merge(grain: str, cl
 
 def test_inner_products_are_those_with_the_dense_matrices() -> None:
     base, changes = world()
-    model = LinearModel(checkpoint_from_state_dict(base), changes, VECTORS, torch.float64)
+    model = LinearModel.of(checkpoint_from_state_dict(base), changes, VECTORS, torch.float64)
     for name, terms in changes.items():
         G = normal(50, *SHAPES[name])
         wanted = torch.zeros(VECTORS, dtype=torch.float64)
@@ -126,7 +126,7 @@ def test_the_number_of_workers_changes_no_bit() -> None:
 
 def test_the_network_holds_the_result_afterwards() -> None:
     base, changes = world()
-    model = LinearModel(checkpoint_from_state_dict(base), changes, VECTORS, torch.float64)
+    model = LinearModel.of(checkpoint_from_state_dict(base), changes, VECTORS, torch.float64)
     objective = FunctionObjective(base, loss_of)
     found = learn(objective, model, Schedule(steps=2, lr=0.1), grain="vector")
     wanted = merged(base, changes, found.values, lambda _: "", [""])
@@ -150,14 +150,14 @@ def test_a_gradient_is_let_go_of_when_it_is_handed_over() -> None:
 
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
     base, changes = world()
-    model = LinearModel(checkpoint_from_state_dict(base), changes, VECTORS, torch.float64)
+    model = LinearModel.of(checkpoint_from_state_dict(base), changes, VECTORS, torch.float64)
     with pytest.raises(UsageError, match="not finite"):
         learn(FunctionObjective(base, lambda w, step: w["head.scale"] * float("nan")), model)
 
 
 def test_a_tensor_that_the_network_lacks_is_named() -> None:
     base, changes = world()
-    model = LinearModel(checkpoint_from_state_dict(base), changes, VECTORS, torch.float64)
+    model = LinearModel.of(checkpoint_from_state_dict(base), changes, VECTORS, torch.float64)
     fewer = {n: w for n, w in base.items() if n != "net.0.bias"}
     with pytest.raises(IncompatibleError, match=r"net\.0\.bias"):
         learn(FunctionObjective(fewer, loss_of), model)
@@ -207,7 +207,7 @@ def loss(weights, step):
     return sum((x @ v.T).square().mean() for v in weights.values())
 def go(T):
     changes = {k: [(t, lazy(t) if t % 2 else thin(t)) for t in range(T)] for k in base}
-    model = LinearModel(checkpoint_from_state_dict(base), changes, T)
+    model = LinearModel.of(checkpoint_from_state_dict(base), changes, T)
     learn(FunctionObjective(w, loss), model, Schedule(steps=2, lr=0.1))
 go(2)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -29,7 +29,7 @@ def loss(w: Mapping[str, Tensor], step: int) -> Tensor:
 def run(**choices: object) -> Tensor:
     count = int(choices.pop("vectors", 3))  # type: ignore[call-overload]
     changes = {"w": [(t, DenseDelta(d)) for t, d in enumerate(DELTAS[:count])]}
-    model = LinearModel(checkpoint_from_state_dict(BASE), changes, count, torch.float64)
+    model = LinearModel.of(checkpoint_from_state_dict(BASE), changes, count, torch.float64)
     schedule = Schedule(steps=60, clamp=bool(choices.pop("clamp", False)))
     return search(FunctionObjective(BASE, loss), model, schedule, **choices).values.reshape(-1)  # type: ignore[arg-type]
 

@@ -45,24 +45,54 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Score ``model`` (a path, a reference, a state dict, a module, what ``apply`` and ``merge`` return) on a suite.
+    """Score ``model`` (a path, a reference, a state dict, a module, what ``apply`` returns) on a suite.
 
     ``split`` is ``test`` or ``select``; ``tasks`` and ``metrics`` narrow or replace the suite's own. On one BLAS
     thread, so that the numbers do not depend on the machine's cores. ``transductive`` of the result is read from what a
-    merge with learned coefficients records.
+    merge with learned coefficients records. For many models of one architecture see :class:`Evaluator`.
 
     Raises UsageError for a suite, split, task or metric that does not exist, InputError for files that are missing,
     IncompatibleError where weights, heads, labels and data do not fit one another.
     """
-    found = suite if isinstance(suite, Suite) else read_suite(suite)
-    if split not in SPLITS:
-        raise UsageError(f"no split is called {split!r}", remedy=f"There is: {', '.join(SPLITS)}.")
     source = open_model(model)
-    network = network_of(found, source, dtype)
-    wanted = tuple(get_metric(m) for m in metrics or found.metrics)
-    scores = score(network, tasks_of(found, network, source, tasks), wanted, split, progress)
-    learned = recipe_of(source).get("parameters", {}).get("coefficients") or {}
-    return Evaluation(source.reference, scores, wanted, bool(learned.get("transductive")))
+    return Evaluator(source, suite, tasks=tasks, dtype=dtype)(source, split, metrics, progress)
+
+
+class Evaluator:
+    """A suite with its network, rows and heads read once, for models that are as ``like``."""
+
+    def __init__(
+        self,
+        like: Any,
+        suite: str | Path | Suite,
+        *,
+        tasks: Sequence[str] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.suite = suite if isinstance(suite, Suite) else read_suite(suite)
+        source = open_model(like)
+        self.network = network_of(self.suite, source, dtype)
+        self.tasks = tasks_of(self.suite, self.network, source, tasks)
+        self._loaded = source
+
+    def __call__(
+        self,
+        model: Any,
+        split: Split = "test",
+        metrics: Sequence[str] | None = None,
+        progress: Progress = silent,
+    ) -> Evaluation:
+        """Scores of one model; heads that lie in a model itself are those of ``like``."""
+        if split not in SPLITS:
+            raise UsageError(f"no split is called {split!r}", remedy=f"There is: {', '.join(SPLITS)}.")
+        wanted = tuple(get_metric(m) for m in metrics or self.suite.metrics)
+        source = open_model(model)
+        if source is not self._loaded:
+            self.network.load(source)
+            self._loaded = source
+        scores = score(self.network, self.tasks, wanted, split, progress)
+        learned = recipe_of(source).get("parameters", {}).get("coefficients") or {}
+        return Evaluation(source.reference, scores, wanted, bool(learned.get("transductive")))
 
 
 def network_of(suite: Suite, source: TensorSource, dtype: torch.dtype = torch.float32) -> Network:

@@ -18,12 +18,12 @@ from devec.api.references import ViewLike, load_pool, open_model
 from devec.api.trim import agreeing
 from devec.core.coefficients import GRAINS, CoefficientGrain, Coefficients
 from devec.core.contracts import Objective, TensorSource
-from devec.core.delta import Delta, LowRankDelta
 from devec.core.errors import UsageError
+from devec.core.findings import pool_findings
 from devec.core.lazy import in_file
 from devec.core.vectors import Pool, TaskVector
 from devec.engine.threads import Progress, default_workers, ordered_map, silent
-from devec.evaluate.learning import FEW_SHOT_RATE, SCHEDULES, Changes, Learned, LinearModel, Schedule
+from devec.evaluate.learning import FEW_SHOT_RATE, SCHEDULES, Held, Learned, LinearModel, Schedule
 from devec.evaluate.learning import learn as minimise
 from devec.evaluate.objectives import Kind, Sampling, SuiteObjective
 from devec.evaluate.search import SIGMA
@@ -78,7 +78,7 @@ def learn(
     found = suite if isinstance(suite, Suite) else read_suite(suite)
     plan, sampling = choose(objective, grain, search, transductive, shots, batch, seed, schedule)
     under = open_model(base)
-    pool, _ = load_pool(sources, base=under, dtype=dtype, selection=selection, view=view)
+    pool, notes = load_pool(sources, base=under, dtype=dtype, selection=selection, view=view)
     count = workers or default_workers()
     model = linear_model(under, pool if trim is None else agreeing(pool, trim), dtype, count)
     network = network_of(found, under, dtype)
@@ -99,7 +99,7 @@ def learn(
         "batch": sampling.batch, "shots": shots, "seed": seed, "trim": trim, "search": search,
         "schedule": vars(plan) | how,
         "view": view_of(view), "selection": selection_of(selection), "dtype": str(dtype).removeprefix("torch."),
-        "history": list(result.history),
+        "history": list(result.history), "warnings": [f.as_dict() for f in (*notes, *pool_findings(pool))],
     }  # fmt: skip
     return Coefficients(grain, values_of(result, model, pool), inputs, record, learned)
 
@@ -170,13 +170,14 @@ def linear_model(base: TensorSource, pool: Pool, dtype: torch.dtype, workers: in
     terms = Edited(base, [(1.0, v) for v in pool], dtype=dtype).terms
     index = {id(v): t for t, v in enumerate(pool)}
 
-    def made(name: str) -> list[tuple[int, Delta]]:
-        return [(index[id(v)], in_file(v.deltas[own], layout.transposed)) for _, v, own, layout in terms[name]]
+    def made(name: str) -> Held:
+        deltas = [(index[id(v)], in_file(v.deltas[own], layout.transposed)) for _, v, own, layout in terms[name]]
+        return Held.of(deltas, dtype)
 
-    changes: Changes = dict(zip(terms, ordered_map(made, list(terms), workers=workers), strict=True))
-    dense = {t for held in changes.values() for t, d in held if not isinstance(d, LowRankDelta)}
+    held = dict(zip(terms, ordered_map(made, list(terms), workers=workers), strict=True))
+    dense = {t for one in held.values() for t, _ in one.dense}
     hold([base, *(pool[t] for t in sorted(dense))])
-    return LinearModel(base, changes, len(pool), dtype)
+    return LinearModel(base, held, len(pool), dtype)
 
 
 def hold(sources: Sequence[TensorSource | TaskVector]) -> None:

@@ -75,6 +75,7 @@ def learn(
             selection=Selection(tuple(r.include), tuple(r.exclude)), view=view,
             dtype=getattr(torch, o["dtype"] or r.dtype), workers=o["workers"], progress=advance, **schedule,
         )
+    show.warn(c.learned["warnings"])
     save_coefficients(c, output, overwrite=overwrite)
     if as_json:
         show.print_json({"output": output, **c.to_dict()})

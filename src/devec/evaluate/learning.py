@@ -70,13 +70,18 @@ FEW_SHOT_RATE = 1e-1
 class LinearModel:
     """``W(c)`` over everything that some vector changes, and the inner products of a gradient with every vector.
 
-    Holds the factors of factored deltas, stacked per tensor; dense deltas are asked for their rows at every use.
-    Computes in ``dtype``; a tensor's work depends on nothing but its own inputs.
+    ``held`` says of each tensor what its vectors are (:meth:`of` makes it). Computes in ``dtype``; a tensor's work
+    depends on nothing but its own inputs.
     """
 
-    def __init__(self, base: TensorSource, changes: Changes, vectors: int, dtype: torch.dtype = torch.float32) -> None:
-        self.base, self.vectors, self.dtype = base, vectors, dtype
-        self._held = {name: _Held.of(terms, dtype) for name, terms in changes.items()}
+    def __init__(
+        self, base: TensorSource, held: Mapping[str, Held], vectors: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.base, self.vectors, self.dtype, self._held = base, vectors, dtype, dict(held)
+
+    @classmethod
+    def of(cls, base: TensorSource, changes: Changes, vectors: int, dtype: torch.dtype = torch.float32) -> LinearModel:
+        return cls(base, {name: Held.of(terms, dtype) for name, terms in changes.items()}, vectors, dtype)
 
     @property
     def names(self) -> list[str]:
@@ -123,9 +128,9 @@ class LinearModel:
 
 
 @dataclass(frozen=True)
-class _Held:
-    """One tensor's deltas: dense ones to be read, factored ones as ``B (n, D)`` and ``A (D, m)``; ``owner[k]`` is the
-    vector of column k."""
+class Held:
+    """One tensor's deltas: dense ones, asked for their rows at every use, and factored ones stacked as ``B (n, D)`` and
+    ``A (D, m)``; ``owner[k]`` is the vector of column k."""
 
     dense: list[tuple[int, Delta]]
     B: Tensor
@@ -133,7 +138,7 @@ class _Held:
     owner: Tensor
 
     @classmethod
-    def of(cls, terms: Sequence[tuple[int, Delta]], dtype: torch.dtype) -> _Held:
+    def of(cls, terms: Sequence[tuple[int, Delta]], dtype: torch.dtype) -> Held:
         dense = [(t, d) for t, d in terms if not isinstance(d, LowRankDelta)]
         thin = [(t, d) for t, d in terms if isinstance(d, LowRankDelta) and d.B.shape[1]]
         rows, cols = terms[0][1].shape

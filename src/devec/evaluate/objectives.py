@@ -1,12 +1,12 @@
 """Losses that coefficients are learned on: softmax entropy of unlabelled rows, cross-entropy of labelled ones.
 
-A step's rows are drawn by a seeded generator. The backward pass runs task by task, so that the activations of one task
-are held at a time; in the last one each gradient is handed over by a hook as soon as it is whole, and then freed.
+A step's rows are drawn by a seeded generator. The backward pass runs in pieces of a task's rows, so that activations of
+one piece are held at a time; in the last one a hook hands each gradient over as soon as it is whole, and it is freed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +24,9 @@ from devec.linalg.numerics import generator
 
 Kind = Literal["entropy", "ce"]
 Take = Callable[[str, Tensor], None]
+
+PIECE = 16
+"""Rows of one backward pass. A constant, because sums in other pieces round otherwise."""
 
 
 @dataclass(frozen=True)
@@ -75,26 +78,32 @@ class SuiteObjective:
 
     def loss(self, step: int) -> float:
         with torch.no_grad():
-            return sum(float(self._of_task(i, step)) for i in range(len(self.tasks)))
+            return sum(float(self._of_piece(i, x, y, share)) for i, x, y, share in self._pieces(step))
 
     def gradients(self, step: int, take: Take) -> float:
-        total = 0.0
+        total, pieces = 0.0, list(self._pieces(step))
         with self._taker.giving(take) as taker:
-            for i in range(len(self.tasks)):
-                taker.last = i + 1 == len(self.tasks)
-                part = self._of_task(i, step)
+            for k, (i, x, y, share) in enumerate(pieces):
+                taker.last = k + 1 == len(pieces)
+                part = self._of_piece(i, x, y, share)
                 total += float(part.detach())
                 _backward(part, f"the loss of task {self.tasks[i].name}")
         return total
 
-    def _of_task(self, i: int, step: int) -> Tensor:
-        task, rows = self.tasks[i], self.rows[i]
-        x, y = self.sampling.draw(rows, task.name, step)
+    def _pieces(self, step: int) -> Iterator[tuple[int, Tensor, Tensor, float]]:
+        """(task, inputs, labels, the weight of one row in the loss)."""
+        for i, (task, rows) in enumerate(zip(self.tasks, self.rows, strict=True)):
+            x, y = self.sampling.draw(rows, task.name, step)
+            for start in range(0, len(y), PIECE):
+                yield i, x[start : start + PIECE], y[start : start + PIECE], 1.0 / (len(y) * len(self.tasks))
+
+    def _of_piece(self, i: int, x: Tensor, y: Tensor, share: float) -> Tensor:
+        task = self.tasks[i]
         logits = task.logits(self.network, x)
         if self.kind == "entropy":
-            return softmax_entropy(logits).mean() / len(self.tasks)
-        task.check_labels(rows.y, logits.shape[1])
-        return F.cross_entropy(logits, y) / len(self.tasks)
+            return softmax_entropy(logits).sum() * share
+        task.check_labels(self.rows[i].y, logits.shape[1])
+        return F.cross_entropy(logits, y, reduction="sum") * share
 
 
 class FunctionObjective:
