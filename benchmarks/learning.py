@@ -172,7 +172,7 @@ def markdown(facts: dict[str, Any], found: list[dict[str, Any]]) -> str:
     sizes = {"base and originals in float16": originals, "W(c) in float32": merged, "factors of parts": f["factors"]}
     held = f"{f['parameters'] / 1e6:.1f}M parameters. Of the peak: "
     held += ", ".join(f"{what} {size / 1e9:.2f} GB" for what, size in sizes.items())
-    held += "; in *network* a whole gradient besides, and activations of 16 pictures. "
+    held += "; in *network* a whole gradient besides, and activations of 8 pictures. "
     held += f"T dense float32 copies would be {dense / 1e9:.1f} GB."
     head = f"Machine: {in_words(facts)}. 1 thread, processor time.\n"
     return "\n".join([head, report.grid(COLUMNS, lines(found)), held + "\n"])

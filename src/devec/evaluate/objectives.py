@@ -25,7 +25,7 @@ from devec.linalg.numerics import generator
 Kind = Literal["entropy", "ce"]
 Take = Callable[[str, Tensor], None]
 
-PIECE = 16
+PIECE = 8
 """Rows of one backward pass. A constant, because sums in other pieces round otherwise."""
 
 
