@@ -120,6 +120,13 @@ def test_a_search_without_gradients_lowers_the_loss(world: Path) -> None:
     assert found["search"] == "cma" and found["schedule"]["sigma"] == 0.3
 
 
+def test_least_squares_on_the_fine_tunes_outputs(world: Path) -> None:
+    found = learn("--objective", "outputs")
+    assert found["learned"]["history"][-1] < 0.5 * found["learned"]["history"][0]
+    assert run(["merge", "recipe.yaml", "--coefficients", "c.json", "-o", "merged.safetensors", "-q"]) == 0
+    assert scores("merged.safetensors") > scores("base.safetensors") + 0.2
+
+
 def test_entropy_needs_no_labels(world: Path) -> None:
     """Other labels on the selection rows, the same coefficients."""
     one = learn("--steps", "4", "--lr", "0.05")
@@ -220,6 +227,7 @@ def test_a_score_is_the_fraction_of_right_answers(world: Path) -> None:
         (["eval", "base.safetensors", "--suite", "none.yaml"], 3, "none.yaml"),
         (["learn", "recipe.yaml", "-o", "c.json", "--objective", "ce", "--transductive"], 2, "not for learning"),
         (["learn", "recipe.yaml", "-o", "c.json", "--shots", "3"], 2, "labelled rows"),
+        (["learn", "recipe.yaml", "-o", "c.json", "--objective", "outputs", "--search", "cma"], 2, "not searched"),
         (["learn", "recipe.yaml", "-o", "c.json", "--lr", "-1"], 2, "learning rate"),
         (["learn", "recipe.yaml", "-o", "recipe.yaml"], 5, "recipe.yaml"),
         (["merge", "recipe.yaml", "--coefficients", "suite.yaml", "-o", "m.safetensors"], 3, "not JSON"),

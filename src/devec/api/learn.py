@@ -25,6 +25,7 @@ from devec.core.vectors import Pool, TaskVector
 from devec.engine.threads import Progress, default_workers, ordered_map, silent
 from devec.evaluate.learning import FEW_SHOT_RATE, SCHEDULES, Held, Learned, LinearModel, Schedule
 from devec.evaluate.learning import learn as minimise
+from devec.evaluate.least_squares import fit_outputs
 from devec.evaluate.objectives import Kind, Sampling, SuiteObjective
 from devec.evaluate.search import SIGMA
 from devec.evaluate.search import search as search_for
@@ -33,7 +34,7 @@ from devec.io.checkpoint import Checkpoint
 from devec.io.disk import sha256_of
 from devec.io.names import Selection
 
-ENTROPY_BATCH, CE_BATCH = 32, 16
+BATCH = {"entropy": 32, "ce": 16, "outputs": 128}
 """Rows a task and step: AdaMerging's two batches of 16; aTLAS's 128 over eight data sets."""
 
 
@@ -42,7 +43,7 @@ def learn(
     *,
     base: Any,
     suite: str | Path | Suite,
-    objective: Kind = "entropy",
+    objective: Literal["entropy", "ce", "outputs"] = "entropy",
     grain: CoefficientGrain = "vector",
     transductive: bool = False,
     shots: int | None = None,
@@ -61,7 +62,8 @@ def learn(
     """Coefficients ``c`` of ``W_0 + sum_t c_t Delta_t`` that minimise a loss on the selection split of a suite.
 
     ``objective``    ``entropy``: mean softmax entropy of unlabelled rows, AdaMerging (arXiv:2310.02575);
-                     ``ce``: cross-entropy of labelled rows, aTLAS (arXiv:2407.02880)
+                     ``ce``: cross-entropy of labelled rows, aTLAS (arXiv:2407.02880);
+                     ``outputs``: least squares to the outputs of each task's own fine-tune (the vector of its name)
     ``grain``        one number per vector (task-wise), per vector and layer, or per vector and tensor (what AdaMerging
                      calls layer-wise)
     ``transductive`` learn on the inputs of the test split, as AdaMerging published; marked in every result
@@ -82,14 +84,18 @@ def learn(
     count = workers or default_workers()
     model = linear_model(under, pool if trim is None else agreeing(pool, trim), dtype, count)
     network = network_of(found, under, dtype)
-    loss = SuiteObjective(network, tasks_of(found, network, under, tasks), objective, sampling, model.names)
-    if search == "cma":
-        sigma = SIGMA if schedule.get("lr") is None else plan.lr
-        how: dict[str, Any] = {"sigma": sigma, "seed": seed}
-        result = search_for(loss, model, plan, grain=grain, workers=count, report=progress, **how)
+    kind: Kind = "ce" if objective == "ce" else "entropy"
+    loss = SuiteObjective(network, tasks_of(found, network, under, tasks), kind, sampling, model.names)
+    run: dict[str, Any] = {"grain": grain, "workers": count, "report": progress}
+    how: dict[str, Any] = {}
+    if objective == "outputs":
+        teachers = {name: t for t, name in enumerate(pool.names)}
+        result = fit_outputs(loss, model, teachers, plan, **run)
+    elif search == "cma":
+        how = {"sigma": SIGMA if schedule.get("lr") is None else plan.lr, "seed": seed}
+        result = search_for(loss, model, plan, **run, **how)
     else:
-        how = {}
-        result = minimise(loss, model, plan, grain=grain, workers=count, report=progress)
+        result = minimise(loss, model, plan, **run)
     inputs, record = records(pool, under)
     learned = {
         "objective": objective, "split": sampling.split, "transductive": transductive,
@@ -121,6 +127,8 @@ def choose(
         raise UsageError(f"no objective is called {objective!r}", remedy=f"There is: {', '.join(SCHEDULES)}.")
     if grain not in GRAINS:
         raise UsageError(f"no grain is called {grain!r}", remedy=f"There is: {', '.join(GRAINS)}.")
+    if objective == "outputs" and search != "adam":
+        raise UsageError("least squares are solved, not searched", remedy="Leave out --search.")
     if objective == "ce" and transductive:
         raise UsageError(
             "labels of the test split are not for learning",
@@ -128,7 +136,7 @@ def choose(
         )
     if shots is not None and objective != "ce":
         raise UsageError(
-            "shots are labelled rows, which entropy does not look at", remedy="Use --objective ce, or --batch."
+            f"shots are labelled rows, which {objective} does not look at", remedy="Use --objective ce, or --batch."
         )
     given = {k: v for k, v in changes.items() if v is not None}
     if shots is not None:
@@ -140,7 +148,7 @@ def choose(
         raise UsageError(
             f"a schedule has no {unknown[0]!r}", remedy=f"It has: {', '.join(Schedule.__dataclass_fields__)}."
         ) from None
-    size = batch if batch is not None else (ENTROPY_BATCH if objective == "entropy" else CE_BATCH)
+    size = BATCH[objective] if batch is None else batch
     return schedule, Sampling("test" if transductive else "select", size, shots, seed)
 
 

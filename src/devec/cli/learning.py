@@ -13,8 +13,9 @@ from devec.cli.options import Printing
 @click.command()
 @click.argument("recipe", metavar="RECIPE.yaml")
 @click.option("--suite", metavar="SUITE.yaml", help="The tasks (default: the recipe's suite).")
-@click.option("--objective", type=click.Choice(["entropy", "ce"]), default="entropy", show_default=True,
-              help="Softmax entropy of unlabelled rows (AdaMerging), or cross-entropy of labelled ones (aTLAS).")
+@click.option("--objective", type=click.Choice(["entropy", "ce", "outputs"]), default="entropy", show_default=True,
+              help="Entropy of unlabelled rows (AdaMerging), cross-entropy of labelled ones (aTLAS), or least squares "
+                   "to the fine-tunes' outputs.")
 @click.option("--grain", type=click.Choice(["vector", "layer", "tensor"]), default="vector", show_default=True,
               help="One coefficient per vector, per vector and layer, or per vector and tensor.")
 @click.option("--transductive", is_flag=True, help="Learn on the test split's inputs, as published; marked everywhere.")
@@ -24,13 +25,15 @@ from devec.cli.options import Printing
 @click.option("--task", "tasks", multiple=True, metavar="NAME", help="Only this task of the suite (repeatable).")
 @click.option("--search", type=click.Choice(["adam", "cma"]), default="adam", show_default=True,
               help="Gradients (Adam), or none (CMA-ES; pip install devec[cma]).")
-@click.option("--steps", type=click.IntRange(0), default=None, help="Steps of Adam, generations of CMA-ES (500).")
+@click.option("--steps", type=click.IntRange(0), default=None,
+              help="Steps of Adam or generations of CMA-ES (500); of least squares (5).")
 @click.option("--lr", type=float, default=None,
               help="Learning rate (0.001; with --shots 0.1); of cma the first deviation (0.1).")
-@click.option("--batch", type=click.IntRange(1), default=None, help="Rows a task and step (entropy 32, ce 16).")
-@click.option("--init", type=float, default=None, help="Coefficient at the start (entropy 0.3, ce 0).")
-@click.option("--clamp/--signed", default=None, help="Cut to [0, 1] (entropy), or free and signed (ce).")
-@click.option("--weight-decay", type=float, default=None, help="Decoupled weight decay (entropy 0, ce 0.1).")
+@click.option("--batch", type=click.IntRange(1), default=None,
+              help="Rows a task and step (entropy 32, ce 16, outputs 128).")
+@click.option("--init", type=float, default=None, help="Coefficient at the start (0.3; ce 0).")
+@click.option("--clamp/--signed", default=None, help="Cut to [0, 1] (entropy), or free and signed (the others).")
+@click.option("--weight-decay", type=float, default=None, help="Decoupled weight decay (0; ce 0.1).")
 @click.option("--seed", type=int, default=None, help="Seed of batches and shots (default: the recipe's).")
 @click.option("--dtype", type=click.Choice(["float32", "float64"]), default=None,
               help="Compute in this dtype (float32).")

@@ -63,7 +63,10 @@ ATLAS = Schedule(init=0.0, clamp=False, weight_decay=0.1, clip=1.0)
 """aTLAS's own values: AdamW 1e-3 (few-shot 1e-1), decay 0.1, gradient norm at most 1, start 0, signed. It trains 20
 epochs of the smallest data set; here the number of steps is a number."""
 
-SCHEDULES = {"entropy": ADAMERGING, "ce": ATLAS}
+OUTPUTS = Schedule(steps=5, clamp=False)
+"""Of least squares on outputs: a few Gauss-Newton steps, of which the first does most."""
+
+SCHEDULES = {"entropy": ADAMERGING, "ce": ATLAS, "outputs": OUTPUTS}
 FEW_SHOT_RATE = 1e-1
 
 

@@ -6,7 +6,7 @@ coefficients by one forward pass a coefficient, and the normal equations of that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -38,9 +38,9 @@ def fit_outputs(
 ) -> Learned:
     """``min_c sum_i mean_x |f(x; W(c)) - f(x; W_0 + Delta_i)|^2`` over the rows x of each task i.
 
-    ``teachers`` says which vector is a task's own fine-tune. ``schedule.steps`` Gauss-Newton steps from
-    ``schedule.init`` on the rows of step 0, each halved until the loss falls; ``clamp`` cuts to [0, 1] after each. Rate,
-    decay and clipping are Adam's and not used. ``history`` is the loss before each step and, last, at the result.
+    ``teachers`` says which vector is a task's own fine-tune. ``schedule.steps`` Gauss-Newton steps at most from
+    ``schedule.init``, on the rows of step 0, each halved until the loss falls; ``clamp`` cuts to [0, 1] after each.
+    Rate, decay and clipping are Adam's and not used. ``history`` is the loss before each step and, last, at the result.
 
     Costs T x groups + 1 merges and forward passes a step, and no backward pass. Raises UsageError for a task without a
     teacher or a loss that is not finite.
@@ -101,18 +101,18 @@ def _solve(J: Tensor, r: Tensor) -> Tensor:
     """``argmin |J d + r|^2`` with a little ridge, by the normal equations in float64."""
     A = J.T @ J
     A.diagonal().add_(RIDGE * float(A.diagonal().mean()) + torch.finfo(A.dtype).tiny)
-    return torch.linalg.solve(A, -(J.T @ r))
+    solved: Tensor = torch.linalg.solve(A, -(J.T @ r))
+    return solved
 
 
 def _halved(
-    c: Tensor, change: Tensor, r: Tensor, residual: object, clamp: bool
+    c: Tensor, change: Tensor, r: Tensor, residual: Callable[[Tensor], Tensor], clamp: bool
 ) -> tuple[Tensor, Tensor, bool]:
     """The longest of the steps 1, 1/2, ... that lowers the loss; where none does, nothing moves."""
-    assert callable(residual)
     for k in range(HALVINGS):
         there = c + change * 0.5**k
         there = there.clamp(0.0, 1.0) if clamp else there
-        found: Tensor = residual(there)
+        found = residual(there)
         if float(found @ found) < float(r @ r):
             return there, found, True
     return c, r, False
