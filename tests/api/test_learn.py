@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 
 import devec
 import learning_world
-from devec.api.learn import hold, linear_model
+from devec.api.learn import hold, learn_on, linear_model
 from devec.api.references import load_pool, open_model
 from devec.cli.main import run
 from devec.core.delta import LowRankDelta
 from devec.core.errors import DevecError, IncompatibleError, InputError, UsageError
 from devec.evaluate.data import row_hashes
+from devec.evaluate.learning import Schedule
+from devec.evaluate.objectives import FunctionObjective
 from devec.evaluate.suite import read_suite
 from devec.io.checkpoint import open_checkpoint
 from devec.io.names import Selection
@@ -76,12 +78,24 @@ def test_learned_coefficients_lower_the_loss_and_merge_reads_them(world: Path, g
     assert torch.equal(merged["heads.a.weight"], base["heads.a.weight"])
 
 
+def test_an_objective_of_the_users_own(world: Path) -> None:
+    base = {n: t.float() for n, t in load_file("base.safetensors").items() if n.startswith("encoder")}
+    wanted = load_file("b.safetensors")["encoder.0.weight"].float()
+    objective = FunctionObjective(base, lambda w, step: (w["encoder.0.weight"] - wanted).square().sum())
+    pool, _ = load_pool(
+        ["a.safetensors", "b.safetensors"], base="base.safetensors", selection=Selection((r"encoder\.0\.weight",), ())
+    )
+    c = learn_on(objective, pool, "base.safetensors", Schedule(steps=200, lr=0.05))
+    assert c.of("a", "any") == pytest.approx(0.0, abs=0.01) and c.of("b", "any") == pytest.approx(1.0, abs=0.01)
+
+
 def test_a_vector_has_no_coefficient_where_it_changes_nothing(world: Path) -> None:
     values = learn("--steps", "1", "--grain", "tensor")["values"]
     assert "encoder.0.bias" in values["a"] and set(values["ab"]) == {"encoder.0.weight", "encoder.2.weight"}
 
 
 def test_the_same_command_writes_the_same_bytes_on_any_number_of_workers(world: Path) -> None:
+    assert learn("--steps", "0", "--init", "0.3,0.2,0.1,0", out="0.json")["values"]["b"] == 0.2
     for out, workers in (("1.json", "1"), ("2.json", "2"), ("3.json", "2")):
         learn("--steps", "5", "--lr", "0.05", "--grain", "tensor", "--workers", workers, out=out)
     assert Path("1.json").read_bytes() == Path("2.json").read_bytes() == Path("3.json").read_bytes()

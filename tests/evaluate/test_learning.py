@@ -113,6 +113,13 @@ def test_factored_deltas_give_what_dense_ones_give() -> None:
     torch.testing.assert_close(run(schedule).values, run(schedule, changes=dense).values, rtol=0, atol=1e-9)
 
 
+def test_each_vector_may_start_elsewhere() -> None:
+    found = run(Schedule(steps=0, init=(0.1, 0.2, 0.3, 1.4)), "vector").values.reshape(-1)
+    assert found.tolist() == [0.1, 0.2, 0.3, 1.0]
+    with pytest.raises(UsageError, match="as many"):
+        run(Schedule(init=(0.1, 0.2)))
+
+
 def test_outside_the_clamp_nothing_moves() -> None:
     assert torch.equal(run(Schedule(steps=3, init=-0.2)).values, torch.zeros(VECTORS, len(SHAPES), dtype=torch.float64))
     above = run(Schedule(steps=3, init=1.5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_linear_outputs_are_fitted_in_one_step() -> None:
 
 def test_more_steps_lower_the_loss_where_outputs_bend() -> None:
     history = fit(1.5, steps=8).history
-    assert all(later <= earlier for earlier, later in zip(history, history[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(history))
     assert history[-1] < history[1] < history[0]
     assert history[-2] - history[-1] < 1e-3 * history[-1], "it has not come to rest"
 

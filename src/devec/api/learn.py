@@ -139,6 +139,9 @@ def choose(
             f"shots are labelled rows, which {objective} does not look at", remedy="Use --objective ce, or --batch."
         )
     given = {k: v for k, v in changes.items() if v is not None}
+    if isinstance(given.get("init"), Sequence):
+        start = tuple(map(float, given["init"]))
+        given["init"] = start[0] if len(start) == 1 else start
     if shots is not None:
         given = {"lr": FEW_SHOT_RATE, **given}
     try:

@@ -31,7 +31,8 @@ from devec.cli.options import Printing
               help="Learning rate (0.001; with --shots 0.1); of cma the first deviation (0.1).")
 @click.option("--batch", type=click.IntRange(1), default=None,
               help="Rows a task and step (entropy 32, ce 16, outputs 128).")
-@click.option("--init", type=float, default=None, help="Coefficient at the start (0.3; ce 0).")
+@click.option("--init", type=options.Numbers(), default=None,
+              help="Coefficient at the start, or one a vector: 0.3,0.3,0 (0.3; ce 0).")
 @click.option("--clamp/--signed", default=None, help="Cut to [0, 1] (entropy), or free and signed (the others).")
 @click.option("--weight-decay", type=float, default=None, help="Decoupled weight decay (0; ce 0.1).")
 @click.option("--seed", type=int, default=None, help="Seed of batches and shots (default: the recipe's).")

@@ -34,13 +34,14 @@ Changes = Mapping[str, Sequence[tuple[int, Delta]]]
 class Schedule:
     """How coefficients are learned: Adam, with decoupled weight decay where it is not zero.
 
+    ``init``   where every coefficient starts, or one number a vector
     ``clamp``  ``W(c)`` uses ``c`` cut to [0, 1], whose gradient outside is zero; otherwise ``c`` is signed and free
     ``clip``   largest norm of the gradient (0: none)
     """
 
     steps: int = 500
     lr: float = 1e-3
-    init: float = 0.3
+    init: float | tuple[float, ...] = 0.3
     clamp: bool = True
     weight_decay: float = 0.0
     clip: float = 0.0
@@ -49,7 +50,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         sound = self.steps >= 0 and self.lr > 0.0 and self.weight_decay >= 0.0 and self.clip >= 0.0
-        if not sound or not all(map(isfinite, (self.lr, self.init, self.weight_decay, self.clip))):
+        starts = self.init if isinstance(self.init, tuple) else (self.init,)
+        if not sound or not all(map(isfinite, (self.lr, *starts, self.weight_decay, self.clip))):
             raise UsageError(
                 "steps and weight decay are at least 0, a learning rate is above 0, and all are finite",
                 values={"steps": self.steps, "lr": self.lr, "init": self.init, "weight decay": self.weight_decay},
@@ -228,8 +230,15 @@ class Space:
         self.groups = tuple(dict.fromkeys(of(n) for n in model.names))
         self.column = {n: self.groups.index(of(n)) for n in model.names}
 
-    def start(self, value: float) -> Tensor:
-        return torch.full((self.model.vectors, len(self.groups)), value, dtype=torch.float64)
+    def start(self, value: float | tuple[float, ...]) -> Tensor:
+        """The first coefficients: one number for all, or one a vector (UsageError for any other count)."""
+        given, count = torch.as_tensor(value, dtype=torch.float64).reshape(-1), self.model.vectors
+        if len(given) not in (1, count):
+            raise UsageError(
+                "as many starting coefficients as vectors are needed, or one for all",
+                values={"vectors": count, "given": len(given)},
+            )
+        return given.expand(count)[:, None].repeat(1, len(self.groups))
 
     def used(self, c: Tensor) -> Tensor:
         return c.clamp(0.0, 1.0) if self.clamp else c
