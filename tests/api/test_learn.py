@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import devec
 import learning_world
 from devec.api.learn import hold, learn_on, linear_model
-from devec.api.references import load_pool, open_model
+from devec.api.references import load_pool, open_model, rename
 from devec.cli.main import run
 from devec.core.delta import LowRankDelta
 from devec.core.errors import DevecError, IncompatibleError, InputError, UsageError
@@ -346,3 +346,51 @@ def test_paths_of_a_suite_are_seen_from_its_folder(world: Path, monkeypatch: pyt
     assert suite.path("data/a.npz") == Path("data/a.npz")
     monkeypatch.chdir(world.parent)
     assert devec.eval("w/base.safetensors", "w/suite.yaml").scores.split == "test"
+
+
+# --- adapters and transposed layouts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_merges_written_into_a_network_are_those_that_apply_writes(
+    family: str, request: pytest.FixtureRequest
+) -> None:
+    """Adapters stay factors, also where the file holds the transpose (GPT-2's Conv1D)."""
+    models = request.getfixturevalue(family)
+    base, c = open_model(models.base), [0.7, -0.4]
+    pool, _ = load_pool([models.la, models.lb], base=base)
+    model = linear_model(base, pool, torch.float32, 1)
+    applied = devec.apply(models.base, list(zip(c, pool, strict=True)))
+    g = torch.Generator().manual_seed(0)
+    for name in model.names:
+        assert not model._held[name].dense
+        shape = base.info(name).shape
+        out, G = torch.empty(shape), torch.randn(shape, generator=g)
+        model.write(name, torch.tensor(c, dtype=torch.float64), out)
+        torch.testing.assert_close(out, applied.get(name).float(), rtol=1e-5, atol=1e-6)
+        change = [devec.apply(models.base, [(1.0, v)]).get(name).double() - base.get(name).double() for v in pool]
+        wanted = torch.stack([(G.double() * d).sum() for d in change])
+        torch.testing.assert_close(model.inner(name, G), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_coefficients_of_adapters_merge_into_an_adapter(llama: Any, work: Path) -> None:
+    base = open_model(llama.base)
+    pool, _ = load_pool([llama.la, llama.lb], base=base)
+    weights = {n: base.get(n).float() for n in linear_model(base, pool, torch.float32, 1).names}
+    objective = FunctionObjective(weights, lambda w, step: torch.stack([x.square().sum() for x in w.values()]).sum())
+    c = learn_on(objective, pool, base, Schedule(steps=3, lr=0.1, clamp=False), grain="layer")
+    merged = devec.merge("task-arithmetic", list(pool), base=base, coefficients=c).vector
+    shorter = [rename(v, {n: n.removeprefix("model.") for n in v.deltas}) for v in pool]
+    again = devec.merge("task-arithmetic", shorter, base=base, coefficients=c).vector  # another spelling, same numbers
+    for name in merged.names():
+        assert torch.equal(again.deltas[name].dense(), merged.deltas[name].dense())
+    with pytest.raises(IncompatibleError, match="took no part"):
+        devec.merge("task-arithmetic", shorter, coefficients=c).vector.norm()
+    devec.save_coefficients(c, "c.json")
+    words = ["merge", "--method", "task-arithmetic", llama.la, llama.lb, "--coefficients", "c.json", "-o", "one", "-q"]
+    assert run(words) == 0
+    merged = devec.load("one")
+    assert merged.is_low_rank()
+    for name in merged.names():
+        wanted = sum(c.of(v.name, n) * v.deltas[n].dense() for v in pool for n in v.deltas if n == name)
+        torch.testing.assert_close(merged.deltas[name].dense(), wanted, rtol=1e-4, atol=1e-6)

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from devec.api.output import base_record
 from devec.api.records import input_record
-from devec.api.references import ViewLike
+from devec.api.references import ViewLike, rename
 from devec.api.trim import agreeing
 from devec.core.coefficients import Coefficients, check_names
 from devec.core.contracts import TensorSource
 from devec.core.errors import IncompatibleError, InputError, UsageError
 from devec.core.options import View
-from devec.core.vectors import Pool
+from devec.core.vectors import Pool, TaskVector
 from devec.io.disk import sha256_of, write_file
 from devec.io.folder import output_file
-from devec.io.names import Selection
+from devec.io.names import Selection, resolve_names
 from devec.io.records import dump_json
 from devec.methods.registry import Method
 
@@ -108,8 +108,20 @@ def weighted(
                 remedy="Merge with the recipe that they were learned with.",
             )
     _check_inputs(c, pool, base)
+    pool = pool if base is None else spelt(pool, base)
     trim = c.learned.get("trim")
     return c.scaled(pool if trim is None else agreeing(pool, float(trim))), {"scale": 1.0}
+
+
+def spelt(pool: Pool, base: TensorSource) -> Pool:
+    """The vectors under the base's tensor names, which coefficients per layer or tensor go by."""
+    available = [*base.names(), *base.ties]
+
+    def one(v: TaskVector) -> TaskVector:
+        names = {own: base.ties.get(n, n) for own, n in resolve_names(v.deltas, available).items()}
+        return v if all(own == n for own, n in names.items()) else rename(v, names)
+
+    return replace(pool, vectors=tuple(map(one, pool)))
 
 
 def _check_inputs(c: Coefficients, pool: Pool, base: TensorSource | None) -> None:

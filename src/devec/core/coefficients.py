@@ -56,8 +56,18 @@ class Coefficients:
         return bool(self.learned.get("transductive"))
 
     def of(self, vector: str, tensor: str) -> float:
-        """The coefficient of one vector in one tensor; 0 for a tensor that took no part in learning."""
-        return float(self.values[vector].get(group_of(self.grain)(tensor), 0.0))
+        """The coefficient of one vector in one tensor (by its name in the base).
+
+        Raises IncompatibleError (exit 4) for a tensor that took no part in learning.
+        """
+        group = group_of(self.grain)(tensor)
+        if group not in self.values[vector]:
+            raise IncompatibleError(
+                f"{vector} has no coefficient for this tensor: it took no part in learning", tensor=tensor,
+                values={"per": self.grain, "known": next(iter(self.values[vector]), "none")},
+                remedy="Merge with the recipe that they were learned with, and with --base.",
+            )
+        return float(self.values[vector][group])
 
     def scaled(self, pool: Pool) -> Pool:
         """Every vector times its coefficients, lazily: their plain sum is the merge.
