@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 import devec
 import learning_world
+from devec.api.eval import Evaluator
 from devec.api.learn import hold, learn_on, linear_model
+from devec.api.recipe import read_recipe
 from devec.api.references import load_pool, open_model, rename
 from devec.cli.main import run
 from devec.core.delta import LowRankDelta
@@ -109,7 +111,19 @@ def test_transductive_is_marked_in_the_coefficients_the_merge_and_its_scores(
     found = learn("--transductive", "--steps", "2")
     assert found["learned"]["transductive"] is True and found["learned"]["split"] == "test"
     assert run(["merge", "recipe.yaml", "--coefficients", "c.json", "-o", "merged.safetensors"]) == 0
-    assert "transductive" in capsys.readouterr().err
+    assert "note: Transductive" in capsys.readouterr().err
+    change("recipe.yaml", coefficients="c.json")  # and in a folder's card, from Python
+    recipe = read_recipe("recipe.yaml")
+    merged = devec.merge(recipe.method, recipe.sources, base=recipe.base, coefficients=recipe.coefficients,
+                         selection=Selection((), tuple(recipe.exclude)))
+    assert devec.eval(merged, "suite.yaml").transductive
+    devec.save(merged, "folder")
+    each = Evaluator("base.safetensors", "suite.yaml")
+    assert each(merged).scores == each("folder").scores != each("base.safetensors").scores
+    assert "Transductive" in Path("folder/README.md").read_text()
+    assert devec.eval("folder", "suite.yaml").transductive
+    assert run(["merge", "recipe.yaml", "-o", "again.safetensors", "-q"]) == 0
+    assert Path("again.safetensors").read_bytes() == Path("merged.safetensors").read_bytes()
     assert run(["eval", "merged.safetensors", "--suite", "suite.yaml"]) == 0
     assert "TRANSDUCTIVE" in capsys.readouterr().out
     assert run(["eval", "merged.safetensors", "--suite", "suite.yaml", "--json"]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -17,7 +18,7 @@ from devec.core.contracts import TensorSource
 from devec.core.errors import IncompatibleError, InputError, UsageError
 from devec.core.options import View
 from devec.core.vectors import Pool, TaskVector
-from devec.io.disk import sha256_of, write_file
+from devec.io.disk import write_file
 from devec.io.folder import output_file
 from devec.io.names import Selection, resolve_names
 from devec.io.records import dump_json
@@ -47,13 +48,14 @@ def read_coefficients(path: str | Path) -> Coefficients:
     return Coefficients.from_dict(data, str(file))
 
 
-def described(path: str | Path, c: Coefficients) -> dict[str, Any]:
+TRANSDUCTIVE = "Transductive: the coefficients of this merge were learned on the inputs of the test split."
+
+
+def described(c: Coefficients) -> dict[str, Any]:
     """What the output of a merge says of its coefficients."""
-    about = {k: c.learned.get(k) for k in ("objective", "split", "seed")}
-    return {
-        "file": Path(path).name, "sha256": sha256_of(Path(path)), "grain": c.grain, "transductive": c.transductive,
-        **{k: v for k, v in about.items() if v is not None},
-    }  # fmt: skip
+    about = {k: c.learned[k] for k in ("objective", "split", "seed") if c.learned.get(k) is not None}
+    digest = hashlib.sha256(dump_json(c.to_dict())).hexdigest()
+    return {"sha256": digest, "grain": c.grain, "transductive": c.transductive, **about}
 
 
 def records(pool: Pool, base: TensorSource) -> tuple[tuple[dict[str, object], ...], dict[str, object]]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from devec.api.edit import edit
+from devec.api.merge import Merged
 from devec.api.records import recipe_of
 from devec.api.references import open_model
 from devec.core.contracts import TensorSource
@@ -45,7 +47,7 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Score ``model`` (a path, a reference, a state dict, a module, what ``apply`` returns) on a suite.
+    """Score ``model`` (a path, a reference, a state dict, a module, what ``apply`` and ``merge`` return) on a suite.
 
     ``split`` is ``test`` or ``select``; ``tasks`` and ``metrics`` narrow or replace the suite's own. On one BLAS
     thread, so that the numbers do not depend on the machine's cores. ``transductive`` of the result is read from what a
@@ -54,8 +56,7 @@ def evaluate(
     Raises UsageError for a suite, split, task or metric that does not exist, InputError for files that are missing,
     IncompatibleError where weights, heads, labels and data do not fit one another.
     """
-    source = open_model(model)
-    return Evaluator(source, suite, tasks=tasks, dtype=dtype)(source, split, metrics, progress)
+    return Evaluator(model, suite, tasks=tasks, dtype=dtype)(model, split, metrics, progress)
 
 
 class Evaluator:
@@ -70,10 +71,10 @@ class Evaluator:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.suite = suite if isinstance(suite, Suite) else read_suite(suite)
-        source = open_model(like)
+        source = source_of(like)
         self.network = network_of(self.suite, source, dtype)
         self.tasks = tasks_of(self.suite, self.network, source, tasks)
-        self._loaded = source
+        self._loaded, self._source = like, source
 
     def __call__(
         self,
@@ -86,13 +87,29 @@ class Evaluator:
         if split not in SPLITS:
             raise UsageError(f"no split is called {split!r}", remedy=f"There is: {', '.join(SPLITS)}.")
         wanted = tuple(get_metric(m) for m in metrics or self.suite.metrics)
-        source = open_model(model)
-        if source is not self._loaded:
-            self.network.load(source)
-            self._loaded = source
+        if model is not self._loaded:
+            self._source = source_of(model)
+            self.network.load(self._source)
+            self._loaded = model
         scores = score(self.network, self.tasks, wanted, split, progress)
-        learned = recipe_of(source).get("parameters", {}).get("coefficients") or {}
-        return Evaluation(source.reference, scores, wanted, bool(learned.get("transductive")))
+        return Evaluation(self._source.reference, scores, wanted, is_transductive(model, self._source))
+
+
+def source_of(model: Any) -> TensorSource:
+    """The weights of a model, or of a merge that stands on a base."""
+    if not isinstance(model, Merged):
+        return open_model(model)
+    if model.base is None:
+        raise UsageError("a merge of adapters without a base is no model", remedy="Give merge a base.")
+    return edit(model.base, [(1.0, model.vector)])
+
+
+def is_transductive(model: Any, source: TensorSource) -> bool:
+    """Whether the model's coefficients are known to have been learned on the inputs of a test split."""
+    if isinstance(model, Merged):
+        return model.coefficients is not None and model.coefficients.transductive
+    learned = recipe_of(source).get("parameters", {}).get("coefficients") or {}
+    return bool(learned.get("transductive"))
 
 
 def network_of(suite: Suite, source: TensorSource, dtype: torch.dtype = torch.float32) -> Network:

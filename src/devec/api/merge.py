@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from devec.api.coefficients import read_coefficients, weighted
+from devec.api.coefficients import TRANSDUCTIVE, described, read_coefficients, weighted
 from devec.api.extract import to_lora
 from devec.api.output import Saving, edited, heads_from, save_model, save_vector
 from devec.api.references import ViewLike, existing, load_pool, open_model, parse
@@ -120,6 +120,7 @@ class Merged:
     pool: Pool
     base: TensorSource | None
     findings: tuple[Finding, ...] = ()
+    coefficients: Coefficients | None = None
 
     @property
     def reference_base(self) -> TensorSource | None:
@@ -160,12 +161,12 @@ def merge(
             )
         under = ZeroBase(open_model(sources[0]), selection or Selection())
     pool, notes = load_pool(sources, base=under, dtype=dtype, selection=selection, view=view)
-    scaled = pool
-    if coefficients is not None:
-        learned = coefficients if isinstance(coefficients, Coefficients) else read_coefficients(coefficients)
+    scaled, learned = pool, coefficients
+    if learned is not None:
+        learned = learned if isinstance(learned, Coefficients) else read_coefficients(learned)
         scaled, bound = weighted(learned, chosen, bound, pool, under, view, selection)
     vector = merged_vector(chosen, scaled, bound)
-    return Merged(vector, pool, under, tuple(notes))
+    return Merged(vector, pool, under, tuple(notes), learned)
 
 
 def _is_checkpoint(source: str | Path | TaskVector) -> bool:
@@ -247,6 +248,10 @@ def save_merged(
     """
     compression = compression or Compression()
     saving = saving.for_inputs(merged.pool, merged.reference_base)
+    if merged.coefficients is not None:
+        parameters = {**saving.parameters, "coefficients": described(merged.coefficients)}
+        text = TRANSDUCTIVE if merged.coefficients.transductive else saving.card_text
+        saving = replace(saving, parameters=parameters, card_text=text)
     kept = heads_from(heads, list(merged.pool))
     vector, errors = merged.vector, dict[str, float]()
     if merged.base is not None and not compression.asked:

@@ -106,6 +106,7 @@ def merge(
     how = Printing(as_json, quiet, verbose)
     import torch
 
+    from devec.api.coefficients import TRANSDUCTIVE
     from devec.api.jobs import Job
     from devec.api.merge import Compression, model_for, save_merged
     from devec.api.merge import merge as run
@@ -116,7 +117,6 @@ def merge(
     parameters: dict[str, Any] = {}
     if method is None:
         sources, method, base, parameters, o = _from_recipe(sources, base, settings, o)
-    learned = coefficients_of(o)
     for item in settings:
         key, sign, value = item.partition("=")
         if not sign:
@@ -131,6 +131,8 @@ def merge(
         "coefficients": o["coefficients"],
     }
     merged = run(**given, dtype=getattr(torch, o["dtype"]))
+    if merged.coefficients is not None and merged.coefficients.transductive:
+        show.note(TRANSDUCTIVE, how)
     from devec.core.findings import pool_findings
 
     notes = [*merged.findings, *pool_findings(merged.pool)]
@@ -138,7 +140,7 @@ def merge(
     saving = saving_of(
         "merge", o,
         {"method": method, "parameters": parameters, "rank": o["rank"], "energy": o["energy"], "error": o["error"],
-         "heads_from": o["heads_from"], **options.read_time(o), "coefficients": learned},
+         "heads_from": o["heads_from"], **options.read_time(o)},
     )
     saving = replace(saving, job=Job("devec.api.merge.model_for", {**given, "heads": o["heads_from"], **dtypes(o)}))
     if o["dry_run"]:
@@ -152,18 +154,6 @@ def merge(
         written, errors = save_merged(merged, output, saving, compression=compression, heads=o["heads_from"])
     show_errors(merged.vector, errors, how)
     show.wrote(output, written, how, {"error": errors} if errors else None)
-
-
-def coefficients_of(o: dict[str, Any]) -> dict[str, Any] | None:
-    """What is to be recorded of ``--coefficients``; a note where they saw the test split's inputs."""
-    if o["coefficients"] is None:
-        return None
-    from devec.api.coefficients import described, read_coefficients
-
-    c = read_coefficients(o["coefficients"])
-    if c.transductive and not o.get("quiet"):
-        click.echo("note: transductive: these coefficients were learned on the inputs of the test split", err=True)
-    return described(o["coefficients"], c)
 
 
 def _from_recipe(
