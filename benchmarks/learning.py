@@ -111,7 +111,8 @@ def measured(case: str, vectors: int, steps: int) -> dict[str, Any]:
     from devec.api.eval import network_of, tasks_of
     from devec.api.learn import linear_model
     from devec.api.references import load_pool, open_model
-    from devec.evaluate.learning import LinearModel, Schedule, learn
+    from devec.evaluate.learning import Schedule, learn
+    from devec.evaluate.linear_model import LinearModel
     from devec.evaluate.objectives import FunctionObjective, Sampling, SuiteObjective
     from devec.evaluate.suite import read_suite
 

@@ -13,7 +13,7 @@ if str(ROOT) not in sys.path:
 
 from benchmarks.learning import BEGIN, END, SIZES, build, markdown, measured, shapes  # noqa: E402
 
-from devec.evaluate.learning import LinearModel  # noqa: E402
+from devec.evaluate.linear_model import LinearModel  # noqa: E402
 from devec.io.generated import Change  # noqa: E402
 
 

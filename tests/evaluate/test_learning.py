@@ -15,7 +15,8 @@ from devec.core.coefficients import group_of, layer_of
 from devec.core.delta import Delta, DenseDelta, LowRankDelta, SparseDelta
 from devec.core.errors import IncompatibleError, UsageError
 from devec.core.lazy import LazyDelta
-from devec.evaluate.learning import ADAMERGING, Changes, Learned, LinearModel, Schedule, learn
+from devec.evaluate.learning import ADAMERGING, Learned, Schedule, learn
+from devec.evaluate.linear_model import Changes, LinearModel
 from devec.evaluate.objectives import FunctionObjective
 from devec.io.checkpoint import checkpoint_from_state_dict
 
@@ -199,10 +200,11 @@ MEMORY = """
 import resource, torch
 from devec.core.delta import LowRankDelta
 from devec.core.lazy import LazyDelta
-from devec.evaluate.learning import LinearModel, Schedule, learn
+from devec.evaluate.learning import Schedule, learn
+from devec.evaluate.linear_model import LinearModel
 from devec.evaluate.objectives import FunctionObjective
 from devec.io.checkpoint import checkpoint_from_state_dict
-n, T = 1600, 24
+n, T = 1200, 24
 def lazy(t):  # what a file would give, block by block
     return LazyDelta((n, n), torch.float32, lambda a, b: torch.full((b - a, n), 1e-4 * t))
 def thin(t):

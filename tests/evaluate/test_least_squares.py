@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from devec.core.delta import DenseDelta
 from devec.core.errors import UsageError
 from devec.evaluate.data import Rows, TaskData
-from devec.evaluate.learning import Learned, LinearModel, Schedule
+from devec.evaluate.learning import Learned, Schedule
 from devec.evaluate.least_squares import fit_outputs
+from devec.evaluate.linear_model import LinearModel
 from devec.evaluate.network import Network
 from devec.evaluate.objectives import Sampling, SuiteObjective
 from devec.evaluate.scoring import Task

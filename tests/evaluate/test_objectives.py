@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from devec.core.delta import DenseDelta
 from devec.core.errors import IncompatibleError, InputError, UsageError
 from devec.evaluate.data import Rows, TaskData, loader, read_task
-from devec.evaluate.learning import LinearModel, Schedule, learn
+from devec.evaluate.learning import Schedule, learn
+from devec.evaluate.linear_model import LinearModel
 from devec.evaluate.metrics import get_metric, metric, softmax_entropy
 from devec.evaluate.network import Network
 from devec.evaluate.objectives import PIECE, Sampling, SuiteObjective

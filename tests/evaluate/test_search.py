@@ -11,7 +11,8 @@ from torch import Tensor
 
 from devec.core.delta import DenseDelta
 from devec.core.errors import InputError, UsageError
-from devec.evaluate.learning import LinearModel, Schedule
+from devec.evaluate.learning import Schedule
+from devec.evaluate.linear_model import LinearModel
 from devec.evaluate.objectives import FunctionObjective
 from devec.evaluate.search import search
 from devec.io.checkpoint import checkpoint_from_state_dict

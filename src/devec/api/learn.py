@@ -23,9 +23,10 @@ from devec.core.findings import pool_findings
 from devec.core.lazy import in_file
 from devec.core.vectors import Pool, TaskVector
 from devec.engine.threads import Progress, default_workers, ordered_map, silent
-from devec.evaluate.learning import FEW_SHOT_RATE, SCHEDULES, Held, Learned, LinearModel, Schedule
+from devec.evaluate.learning import FEW_SHOT_RATE, SCHEDULES, Learned, Schedule
 from devec.evaluate.learning import learn as minimise
 from devec.evaluate.least_squares import fit_outputs
+from devec.evaluate.linear_model import Held, LinearModel
 from devec.evaluate.objectives import Kind, Sampling, SuiteObjective
 from devec.evaluate.search import SIGMA
 from devec.evaluate.search import search as search_for

@@ -11,7 +11,8 @@ from torch import Tensor
 from devec.core.contracts import TensorInfo
 from devec.core.delta import DenseDelta
 from devec.core.errors import IncompatibleError
-from devec.evaluate.learning import LinearModel, Schedule, check_finite, learn
+from devec.evaluate.learning import Schedule, check_finite, learn
+from devec.evaluate.linear_model import LinearModel
 from devec.evaluate.objectives import FunctionObjective
 from devec.linalg.numerics import one_blas_thread
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from devec.core.coefficients import CoefficientGrain
 from devec.core.errors import UsageError
-from devec.evaluate.learning import Learned, LinearModel, Report, Schedule, Space, Workers, check_finite
+from devec.evaluate.learning import Learned, Report, Schedule, Space, Workers, check_finite
+from devec.evaluate.linear_model import LinearModel
 from devec.evaluate.objectives import SuiteObjective
 from devec.linalg.numerics import one_blas_thread
 
