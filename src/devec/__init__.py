@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOME = {
     # nouns
     "Checkpoint": "devec.io.checkpoint",
+    "Coefficients": "devec.core.coefficients",
     "Decomposition": "devec.core.decomposition",
     "DenseDelta": "devec.core.delta",
     "Edited": "devec.api.edit",
@@ -29,33 +30,41 @@ _HOME = {
     "apply": "devec.api.apply",
     "compare": "devec.api.inspect",
     "decompose": "devec.api.decompose",
+    "eval": "devec.api.eval",
     "export": "devec.api.export",
     "extract": "devec.api.extract",
     "inspect": "devec.api.inspect",
+    "learn": "devec.api.learn",
     "load": "devec.api.references",
     "load_decomposition": "devec.api.references",
     "merge": "devec.api.merge",
     "mix": "devec.api.mix",
     "negate": "devec.api.negate",
     "open_model": "devec.api.references",
+    "read_coefficients": "devec.api.coefficients",
     "register": "devec.methods.registry",
     "save": "devec.api.save",
+    "save_coefficients": "devec.api.coefficients",
     "save_decomposition": "devec.api.decompose",
     "verify": "devec.io.verify",
 }
-_OWN_NAME = {"load": "load_vector", "verify": "verify_output"}
+_OWN_NAME = {"eval": "evaluate", "load": "load_vector", "verify": "verify_output"}
 
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from devec.api.apply import apply as apply
+    from devec.api.coefficients import read_coefficients as read_coefficients
+    from devec.api.coefficients import save_coefficients as save_coefficients
     from devec.api.decompose import decompose as decompose
     from devec.api.decompose import save_decomposition as save_decomposition
     from devec.api.edit import Edited as Edited
+    from devec.api.eval import evaluate as eval  # noqa: F401
     from devec.api.export import export as export
     from devec.api.extract import extract as extract
     from devec.api.inspect import compare as compare
     from devec.api.inspect import inspect as inspect
+    from devec.api.learn import learn as learn
     from devec.api.merge import merge as merge
     from devec.api.mix import mix as mix
     from devec.api.negate import negate as negate
@@ -63,6 +72,7 @@ if TYPE_CHECKING:
     from devec.api.references import load_vector as load  # noqa: F401
     from devec.api.references import open_model as open_model
     from devec.api.save import save as save
+    from devec.core.coefficients import Coefficients as Coefficients
     from devec.core.decomposition import Decomposition as Decomposition
     from devec.core.delta import DenseDelta as DenseDelta
     from devec.core.delta import LowRankDelta as LowRankDelta

@@ -3,6 +3,7 @@
     base/                        a Hugging Face folder: a tiny random Llama (2 layers, width 32), float32
     tuned/{poetry,cooking,law}/  full fine-tunes of it
     adapters/{poetry,cooking,law}/  PEFT LoRA folders of rank 4 on its q_proj and v_proj
+    net.py, {poetry,law}.npz     a suite's own network, which predicts the token after a line, and such lines
 
 Any two tasks have some directions in common, and each has its own, so that decompositions find both.
 """
@@ -12,12 +13,25 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 TASKS = ("poetry", "cooking", "law")
 WIDTH, HIDDEN, LAYERS, VOCABULARY, RANK = 32, 64, 2, 64, 4
+NET = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class LastToken(LlamaForCausalLM):
+    def forward(self, input_ids, attention_mask):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask).logits[:, -1]
+
+def build(state, config):
+    net = LastToken(LlamaConfig(**config))
+    net.load_state_dict(state)
+    return net
+"""
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -61,6 +75,13 @@ def build(folder: Path) -> None:
             )
         write_model(folder / "tuned" / task, {n: w + delta(factors, n, w) for n, w in base.items()})
         write_adapter(folder / "adapters" / task, factors)
+
+
+    (folder / "net.py").write_text(NET)
+    for seed, task in enumerate(("poetry", "law")):
+        lines = np.random.default_rng(seed).integers(1, VOCABULARY, (40, 6))
+        x, y = lines[:, :5], lines[:, 5]
+        np.savez(folder / f"{task}.npz", x_train=x, y_train=y, x_test=x, y_test=y)
 
 
 def delta(factors: dict[str, tuple[Tensor, Tensor]], name: str, like: Tensor) -> Tensor:

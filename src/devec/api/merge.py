@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from devec.api.coefficients import TRANSDUCTIVE, described, read_coefficients, weighted
 from devec.api.extract import to_lora
 from devec.api.jobs import checkpoints_of
 from devec.api.output import (
@@ -26,6 +27,7 @@ from devec.api.settings import Settings, bind
 from devec.api.sources import hub_of, public_name
 from devec.api.whole import WholeModel, WholeTensor, by_blocks, find
 from devec.core.block import Block
+from devec.core.coefficients import Coefficients
 from devec.core.contracts import TensorInfo, TensorSource
 from devec.core.delta import Delta, DenseDelta
 from devec.core.errors import InputError, UsageError
@@ -139,6 +141,7 @@ class Merged:
     """What the method's pass over the model finds, made when first asked for; ``None`` if it takes none."""
     looks: int = 0
     """How often an input is read, at most, before it is merged."""
+    coefficients: Coefficients | None = None
 
     @property
     def reference_base(self) -> TensorSource | None:
@@ -157,15 +160,17 @@ def merge(
     dtype: torch.dtype = torch.float32,
     workers: int | None = None,
     statistics: Any = None,
+    coefficients: str | Path | Coefficients | None = None,
 ) -> Merged:
     """Run a registered merge method block by block, lazily.
 
     ``parameters`` are numbers and words, or vary over the model (see ``api.varying``).
     ``workers`` threads take the pass over the whole model that some methods need (all cores by default);
+    ``coefficients`` (what ``learn`` returns, or its file) take the place of task arithmetic's scale and weights.
     ``statistics`` is what that pass found in another process, which is then not taken here.
 
     Raises UsageError for an unknown method or parameter (with a suggestion), and when the method needs a base that is
-    not given.
+    not given; IncompatibleError for coefficients that were learned on other inputs.
     """
     chosen = registry.get("merge", method)
     settings = bind(chosen, parameters or {})
@@ -182,16 +187,22 @@ def merge(
             )
         under = ZeroBase(open_model(sources[0]), selection or Selection())
     pool, notes = load_pool(sources, base=under, dtype=dtype, selection=selection, view=view)
-    common, bound = settings.whole(), _over(settings, pool, under)
+    scaled, learned = pool, coefficients
+    if learned is not None:
+        learned = learned if isinstance(learned, Coefficients) else read_coefficients(learned)
+        scaled, given = weighted(learned, chosen, parameters or {}, pool, under, view, selection)
+        settings = bind(chosen, given)
+    common, bound = settings.whole(), _over(settings, scaled, under)
     different = list({id(values): values for values in bound.values()}.values())
     for values in different:
-        _try_parameters(chosen, pool, values)
+        _try_parameters(chosen, scaled, values)
     looks = max((chosen.looks(chosen.filled(values)) for values in different), default=0)
     found: Callable[[], Any] | None = None
     if chosen.measures_model(common):
         known = statistics is not None
-        found = once(lambda: statistics if known else find(chosen, WholeModel(pool, chosen, common, workers), common))
-    return Merged(chosen.name, merged_vector(chosen, pool, bound, found), pool, under, tuple(notes), found, looks)
+        found = once(lambda: statistics if known else find(chosen, WholeModel(scaled, chosen, common, workers), common))
+    vector = merged_vector(chosen, scaled, bound, found)
+    return Merged(chosen.name, vector, pool, under, tuple(notes), found, looks, learned)
 
 
 def _over(settings: Settings, pool: Pool, base: TensorSource | None) -> dict[str, dict[str, Any]]:
@@ -311,7 +322,7 @@ def save_merged(
     Returns what was written and, where the result was compressed, the relative Frobenius error per tensor.
     """
     compression = compression or Compression()
-    saving = saving.for_inputs(merged.pool, merged.reference_base)
+    saving = _saving(merged, saving)
     kept = heads_from(heads, list(merged.pool))
     vector, errors = merged.vector, dict[str, float]()
     if merged.base is not None and not compression.asked:
@@ -342,11 +353,21 @@ def check_is_change(merged: Merged, compression: Compression) -> None:
         )
 
 
+def _saving(merged: Merged, saving: Saving) -> Saving:
+    """With the inputs, and what the coefficients were learned on."""
+    saving = saving.for_inputs(merged.pool, merged.reference_base)
+    if merged.coefficients is None:
+        return saving
+    parameters = {**saving.parameters, "coefficients": described(merged.coefficients)}
+    text = TRANSDUCTIVE if merged.coefficients.transductive else saving.card_text
+    return replace(saving, parameters=parameters, card_text=text)
+
+
 def written_merge(
     merged: Merged, out: str | Path, saving: Saving, *, compression: Compression, heads: str | None = None
 ) -> WrittenModel:
     """What :func:`save_merged` has written there before; RefusedError if that is not what stands there."""
-    saving = saving.for_inputs(merged.pool, merged.reference_base)
+    saving = _saving(merged, saving)
     if merged.base is None or compression.asked:
         return written_vector(out, saving)
     model = edited(merged.base, [(1.0, merged.vector)], saving, heads_from(heads, list(merged.pool)))

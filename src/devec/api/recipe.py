@@ -58,6 +58,8 @@ class Recipe(BaseModel):
     dtype: Literal["float32", "float64"] = "float32"
     out_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
     seed: int = 0
+    suite: str | None = None
+    coefficients: str | None = None
     _notes: tuple[Finding, ...] = ()
     _chat_template: str | None = None
 

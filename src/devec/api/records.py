@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from devec.api.references import named_paths
+from devec.core.contracts import TensorSource
 from devec.core.provenance import InputRecord
 from devec.core.vectors import TaskVector
 from devec.io import artifact
 from devec.io.checkpoint import Checkpoint, open_checkpoint
 from devec.io.disk import sha256_of
+from devec.io.records import RECIPE_KEY, RECORDS
+from devec.io.safetensors_file import SafetensorsFile
 
 
 def input_record(v: TaskVector, hashes: bool = True) -> InputRecord:
@@ -41,3 +47,17 @@ def source_paths(v: TaskVector) -> list[Path]:
     if v.origin.dialect == "checkpoint" and v.origin.base_name:
         found.append(Path(v.origin.base_name))
     return [path for path in found if path.exists()]
+
+
+def recipe_of(source: TensorSource) -> dict[str, Any]:
+    """What devec recorded when it wrote a model; empty for a model that it did not write."""
+    folder: Path | None = getattr(source, "folder", None)
+    text = ""
+    if folder is not None:
+        file = folder / RECORDS / "recipe.yaml"
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    elif (path := Path(source.reference)).is_file() and path.suffix == ".safetensors":
+        with SafetensorsFile(path) as one:
+            text = one.metadata.get(RECIPE_KEY, "")
+    found = yaml.safe_load(text)
+    return found if isinstance(found, dict) else {}

@@ -45,12 +45,16 @@ ViewLike = View | Mapping[str, Any] | None
 
 @dataclass(frozen=True)
 class Reading:
-    """How vectors are read: against which base, in which dtype, which tensors, and how artifacts are viewed."""
+    """How vectors are read: against which base, in which dtype, which tensors, and how artifacts are viewed.
+
+    A decomposition that several parts are read from is opened, and its inputs are checked, once (``opened``).
+    """
 
     base: TensorSource | None = None
     dtype: torch.dtype = torch.float32
     selection: Selection = field(default_factory=Selection)
     view: ViewLike = None
+    opened: dict[Path, Decomposition] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,9 @@ def _from_artifact(
         raise UsageError(
             "a decomposition holds several parts", file=path, remedy="Name one: #unique:A, #shared:A+B, #original:A."
         )
-    part = load_decomposition(ref.path, view=reading.view).part(ref.part)
+    if path not in reading.opened:
+        reading.opened[path] = load_decomposition(ref.path, view=reading.view)
+    part = reading.opened[path].part(ref.part)
     # A part is no longer what its input's file says.
     dialect = "artifact" if part.origin.dialect == "checkpoint" else part.origin.dialect
     return replace(part, origin=replace(part.origin, dialect=dialect))

@@ -24,6 +24,8 @@ COMMANDS = {
     "merge": ("devec.cli.models", "merge", "Merge models or adapters with a registered method."),
     "negate": ("devec.cli.unique", "negate", "Remove a behaviour: subtract what is unique to it."),
     "mix": ("devec.cli.unique", "mix", "Mix adapters by their unique parts."),
+    "learn": ("devec.cli.learning", "learn", "Learn a merge's coefficients on a suite of tasks."),
+    "eval": ("devec.cli.learning", "eval_", "Score a model on a suite of tasks."),
     "join": ("devec.cli.vectors", "join", "Finish an output whose parts --shard-of has written."),
     "verify": ("devec.cli.look", "verify", "Check an output against its own hashes."),
     "methods": ("devec.cli.look", "methods", "List the methods, or show one."),

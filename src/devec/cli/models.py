@@ -94,6 +94,7 @@ def apply_(
 @click.option("--method", metavar="M", help="A registered merge method (see devec methods).")
 @click.option("--base", metavar="B", help="The base (average needs none).")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A parameter of the method (repeatable).")
+@click.option("--coefficients", metavar="FILE", help="What devec learn wrote, in place of scale and weights.")
 @click.option("--heads-from", metavar="NAME", help="Take the heads of this input; by default none is written.")
 @click.option("--dtype", type=click.Choice(["float32", "float64"]), default=None,
               help="Compute in this dtype (float32).")
@@ -110,6 +111,7 @@ def merge(
     how = Printing(as_json, quiet, verbose)
     import torch
 
+    from devec.api.coefficients import TRANSDUCTIVE
     from devec.api.jobs import Job
     from devec.api.merge import Compression, check_is_change, model_for, save_merged, written_merge
     from devec.api.merge import merge as run
@@ -129,15 +131,18 @@ def merge(
         parameters[key] = typed(key, value)
     if o.get("seed") and "seed" in registry.get("merge", str(method)).parameters:
         parameters.setdefault("seed", o["seed"])  # of the recipe
-    there = options.check_place(output, o, [base, *sources])
+    there = options.check_place(output, o, [base, *sources, o["coefficients"]])
     compression = Compression(o["rank"], o["energy"], o["error"])
     o["dtype"] = o.get("dtype") or "float32"
     given: dict[str, Any] = {
         "method": method, "sources": sources, "base": base, "parameters": parameters,
         "view": options.read_view(o, sources), "selection": Selection(tuple(o["include"]), tuple(o["exclude"])),
+        "coefficients": o["coefficients"],
     }
     workers = o["workers"] if o["max_memory"] is None else 1  # a pass over the model, beside what is being merged
     merged = run(**given, dtype=getattr(torch, o["dtype"]), workers=workers)
+    if merged.coefficients is not None and merged.coefficients.transductive:
+        show.note(TRANSDUCTIVE, how)
     from devec.core.findings import pool_findings
 
     notes = [*o.get("notes", ()), *merged.findings, *pool_findings(merged.pool)]

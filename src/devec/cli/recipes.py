@@ -30,7 +30,7 @@ def from_recipe(
         raise UsageError("merge needs --method, or one recipe file", remedy="Write devec merge RECIPE.yaml -o OUT.")
     recipe = read_recipe(sources[0])
     merged = dict(o)
-    for key in ("rank", "energy", "error", "heads_from", "out_dtype", "dtype"):
+    for key in ("rank", "energy", "error", "heads_from", "out_dtype", "dtype", "coefficients"):
         if merged.get(key) is None:
             merged[key] = getattr(recipe, key)
     merged["seed"], merged["notes"], merged["chat_template"] = recipe.seed, recipe.notes, recipe.chat_template

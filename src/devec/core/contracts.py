@@ -125,12 +125,21 @@ class SequentialMethod(Protocol):
 
 
 class Objective(Protocol):
-    """A loss that can be differentiated with respect to merged weights.
+    """A loss of a network, differentiated with respect to its weights.
 
-    Gradients come one tensor at a time, so that the gradient with respect to a coefficient is an inner product
-    ``<dL/dW, Delta_t>`` and no sum of T copies of a model is ever built.
+    Gradients are handed over one tensor at a time, so that the gradient with respect to a coefficient is an inner
+    product ``<dL/dW, Delta_t>`` and no sum of T copies of a model is ever built.
     """
 
-    def loss(self) -> float: ...
+    def weights(self) -> Mapping[str, Tensor]:
+        """The network's own tensors by their names in the checkpoint. Whoever learns writes ``W(c)`` into them."""
+        ...
 
-    def gradients(self) -> Iterator[tuple[str, Tensor]]: ...
+    def loss(self, step: int) -> float:
+        """The loss at the present weights, on the rows of ``step``."""
+        ...
+
+    def gradients(self, step: int, take: Callable[[str, Tensor], None]) -> float:
+        """:meth:`loss`, and ``take(name, gradient)`` once for every tensor that it depends on, during the backward
+        pass. The objective keeps no reference to a gradient that it has handed over."""
+        ...

@@ -1,24 +1,22 @@
-"""Supervised coefficients on a model that fits in memory: one number per vector, or per vector and tensor.
-
-``W(c) = W_0 + sum_t c_t Delta_t``, and ``c`` minimises a loss of ``W(c)`` (task arithmetic with learned coefficients;
-AdaMerging, arXiv:2310.02575, with labels in place of entropy). With ``G = dL/dW`` the gradient is
-``dL/dc_t = <G, Delta_t>``, so each step needs one merged copy and T inner products: no graph over T models.
-"""
+"""Supervised coefficients over state dicts in memory: one number per vector, or per vector and tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from devec.core.errors import IncompatibleError, UsageError
+from devec.core.contracts import TensorInfo
+from devec.core.delta import DenseDelta
+from devec.core.errors import IncompatibleError
+from devec.evaluate.learning import Schedule, check_finite, learn
+from devec.evaluate.linear_model import LinearModel
+from devec.evaluate.objectives import FunctionObjective
 from devec.linalg.numerics import one_blas_thread
 
 State = Mapping[str, Tensor]
-
-BETAS = (0.9, 0.999)
-EPSILON = 1e-8
 
 
 def merge(base: State, deltas: Sequence[State], coefficients: Tensor) -> dict[str, Tensor]:
@@ -59,10 +57,10 @@ def learn_coefficients(
     loss_fn: Callable[[State], Tensor],
     steps: int = 40,
     lr: float = 0.05,
-    init: float | Sequence[float] | Tensor = 0.3,
+    init: float | Sequence[float] = 0.3,
     per_tensor: bool = False,
 ) -> tuple[Tensor, list[float]]:
-    """Minimise ``loss_fn(W(c))`` over ``c`` by ``steps`` steps of Adam; no randomness.
+    """Minimise ``loss_fn(W(c))`` over signed ``c`` by ``steps`` steps of Adam (:func:`~devec.evaluate.learning.learn`).
 
     ``loss_fn`` takes the merged tensors (those that some delta has) and returns a scalar. ``init`` is one number, or
     one per vector. Returns the coefficients in float64, shape ``(T,)`` or ``(T, tensors)`` in the order of
@@ -71,56 +69,44 @@ def learn_coefficients(
     Raises :class:`UsageError` if the loss is not finite on the way.
     """
     names = tensor_names(base, deltas)
-    start = torch.as_tensor(init, dtype=torch.float64)
-    if start.ndim > 1 or (start.ndim == 1 and len(start) != len(deltas)):
-        raise UsageError(
-            "as many starting coefficients as vectors are needed, or one for all",
-            values={"vectors": len(deltas), "given": tuple(start.shape)},
-        )
-    c = start.expand(len(deltas)).clone()
-    if per_tensor:
-        c = c[:, None].repeat(1, len(names))
-    mean, square = torch.zeros_like(c), torch.zeros_like(c)
-    history: list[float] = []
-    for step in range(1, steps + 1):
-        with one_blas_thread():
-            value, gradient = _loss_and_gradient(base, deltas, names, c, loss_fn)
-        history.append(value)
-        mean.lerp_(gradient, 1 - BETAS[0])
-        square.lerp_(gradient * gradient, 1 - BETAS[1])
-        size = (square / (1 - BETAS[1] ** step)).sqrt() + EPSILON
-        c -= lr * (mean / (1 - BETAS[0] ** step)) / size
-    with torch.no_grad():
-        history.append(_finite(float(loss_fn(merge(base, deltas, c)))))
-    return c, history
+    dtype = torch.float64 if any(base[n].dtype == torch.float64 for n in names) else torch.float32
+    changes = {n: [(t, DenseDelta(_rows(d[n]))) for t, d in enumerate(deltas) if n in d] for n in names}
+    model = LinearModel.of(_InMemory(base), changes, len(deltas), dtype)
+    objective = FunctionObjective({n: base[n].to(dtype) for n in names}, lambda weights, step: loss_fn(weights))
+    start = tuple(map(float, init)) if isinstance(init, Sequence) else float(init)
+    schedule = Schedule(steps=steps, lr=lr, init=start, clamp=False)
+    found = learn(objective, model, schedule, grain="tensor" if per_tensor else "vector")
+    with one_blas_thread():
+        last = check_finite(objective.loss(steps), steps, schedule)
+    return (found.values if per_tensor else found.values[:, 0]), [*found.history, last]
 
 
-def _loss_and_gradient(
-    base: State, deltas: Sequence[State], names: list[str], c: Tensor, loss_fn: Callable[[State], Tensor]
-) -> tuple[float, Tensor]:
-    weights = {n: w.requires_grad_() for n, w in merge(base, deltas, c).items()}
-    loss = loss_fn(weights)
-    value = _finite(float(loss.detach()))
-    slopes = torch.autograd.grad(loss, [weights[n] for n in names], allow_unused=True)
-    inner = torch.zeros(len(deltas), len(names), dtype=torch.float64)
-    for j, (name, slope) in enumerate(zip(names, slopes, strict=True)):
-        if slope is None:  # the loss does not read this tensor
-            continue
-        flat = slope.flatten()
-        for t, delta in enumerate(deltas):
-            if name in delta:
-                inner[t, j] = float(torch.dot(flat, delta[name].to(flat.dtype).flatten()))
-    return value, inner if c.ndim == 2 else inner.sum(dim=1)
+@dataclass(frozen=True)
+class _InMemory:
+    """A state dict as the ``core.contracts.TensorSource`` that it is."""
+
+    tensors: State
+    reference: str = "memory"
+    ties: Mapping[str, str] = field(default_factory=dict)
+
+    def names(self) -> Sequence[str]:
+        return list(self.tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        return TensorInfo(tuple(self.tensors[name].shape), self.tensors[name].dtype)
+
+    def get(self, name: str) -> Tensor:
+        return self.tensors[name].detach()
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return _rows(self.get(name))[start:stop].reshape(stop - start, *self.info(name).shape[1:])
+
+    def file_of(self, name: str) -> str:
+        return self.reference
 
 
-def _finite(value: float) -> float:
-    if value != value or value in (float("inf"), float("-inf")):
-        raise UsageError(
-            "the loss is not finite while learning coefficients",
-            values={"loss": value},
-            remedy="Use a smaller learning rate or a start nearer to zero.",
-        )
-    return value
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(tensor.shape[0] if tensor.ndim else 1, -1)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -59,6 +59,7 @@ class Checkpoint:
         self._parts = dict(parts)
         self._ties = dict(ties or {})
         self._conv1d = conv1d
+        self._kept: dict[str, Tensor] | None = None
         self.digests = TensorDigests(self.info, self._rows)
         refuse_quantised(self, reference)
 
@@ -82,7 +83,7 @@ class Checkpoint:
     def get(self, name: str) -> Tensor:
         """The tensor as stored: its own dtype and shape."""
         stored = self._ties.get(name, name)
-        value = self._part(name).get(stored)
+        value = self._part(name).get(stored) if self._kept is None else self._whole(stored, self._kept)
         self.digests.feed(stored, 0, value.shape[0] if value.ndim else 1, value)
         return value
 
@@ -94,7 +95,23 @@ class Checkpoint:
         return value
 
     def _rows(self, stored: str, start: int, stop: int) -> Tensor:
+        if self._kept is not None:
+            value = self._whole(stored, self._kept)
+            return value[start:stop] if value.ndim else value.reshape(1)
         return self._part(stored).rows(stored, start, stop)
+
+    def keep(self, store: dict[str, Tensor] | None = None) -> None:
+        """From now on a tensor that is read stays in memory, as stored: for what reads a model many times.
+
+        ``store`` may be shared by several checkpoints over the same files. Nobody may write into what they give out.
+        """
+        self._kept = {} if store is None else store
+
+    def _whole(self, stored: str, store: dict[str, Tensor]) -> Tensor:
+        value = store.get(stored)
+        if value is None:
+            value = store[stored] = self._part(stored).get(stored)
+        return value
 
     def place(self, name: str) -> tuple[int, int, int] | None:
         """(file descriptor, offset, bytes) of a tensor in its file, for read-ahead; ``None`` in memory."""
