@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from pathlib import Path
 
 # Before torch and numpy load their BLAS: several workers with a thread pool each would fight for the cores.
@@ -17,6 +18,9 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in a shell's background; commands would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("devec", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("devec")
