@@ -149,7 +149,7 @@ def facts(method: Method) -> Iterator[str]:
     yield f"| Works on | {GRAINS[method.grain]} |"
     yield f"| Data besides weights | {', '.join(method.needs) or 'none'} |"
     yield f"| Base | {'needed for full checkpoints' if method.needs_base else 'not needed'} |"
-    yield f"| Adapters | {'stay adapters' if method.keeps_rank else 'need a base, or `--rank` for the result'} |"
+    yield f"| Adapters | {'stay adapters' if method.keeps_rank else 'give `--base`, or `--rank` for the result'} |"
     result = "parts of every vector" if method.kind == "decompose" else "one model for all tasks"
     yield f"| Result | {'one model per task' if method.per_task else result} |"
 
@@ -232,7 +232,7 @@ def index(everything: list[Method]) -> str:
                 f"[`{m.name}`]({m.name}.md)",
                 prose(read(m).summary),
                 "needed" if m.needs_base else "not needed",
-                "stay adapters" if m.keeps_rank else "need a base or `--rank`",
+                "stay adapters" if m.keeps_rank else "give `--base` or `--rank`",
                 linked(m.source),
             )
             lines.append(f"| {' | '.join(cells)} |")
