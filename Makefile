@@ -28,7 +28,7 @@ help:
 	@echo "make check      ruff, mypy, import contract"
 	@echo "make bench      seconds and memory against the literal recipe (and, once set up, against mergekit)"
 	@echo "make bench-peers  against mergekit and a plain copy alone: sets mergekit up on the first call"
-	@echo "make docs       docs/equations.md and the pictures in docs/img/"
+	@echo "make docs       docs/equations.md, docs/methods/ and the pictures in docs/img/"
 	@echo "make wheel      dist/devec-*.whl"
 	@echo "make clean      remove the environment and everything that was built"
 
@@ -70,6 +70,7 @@ bench-peers: $(VENV)/.ready-dev
 
 docs: $(VENV)/.ready-dev
 	$(BIN)/python docs/make_equations.py
+	$(BIN)/python docs/make_methods.py
 	$(BIN)/python docs/make_pictures.py
 
 wheel: $(VENV)/.ready-dev

@@ -35,7 +35,8 @@ def shared_unique(
                 Eq. (12)  shared_i = Z (Z^T W_i)
                 Eq. (13)  unique_i = W_i - shared_i
                 Eq. (14)  shared = sum |shared_i|_F shared_i / sum |shared_i|_F
-    Symbols     W_i = block.deltas[i]; tau = View.threshold
+    Symbols     W_i = block.deltas[i]; r_i = its rank; c_j = cosine of the principal angle j of two vectors' column
+                spaces, A and B = the principal vectors in coordinates of U_1 and U_2; tau = View.threshold
     Shapes      W_i (n, m) -> U_i (n, r_i), S_i (r_i,), V_i (m, r_i); Z (n, d)
     Guarantees  sum: shared_i + unique_i == W_i to float32 rounding, whatever the rank rule cut;
                 idempotent: the shared part of a shared part is itself;

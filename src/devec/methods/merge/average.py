@@ -24,7 +24,7 @@ def average(
     Guarantees  identity: one model, or equal models, come back; permutation: order does not matter up to rounding
     Numerics    sums in the compute dtype in the order given
     Differs     a module that an adapter lacks counts as a zero delta (the base's weight), not as absent
-    Raises      UsageError: number of weights, weights that sum to zero, an unknown word
+    Raises      UsageError: a wrong number of weights, weights that sum to zero, an unknown word
     """
     w = [1.0] * len(block.deltas) if weights is None else weights
     one_of("average", "reduce", reduce, "mean", "sum")

@@ -78,8 +78,8 @@ def breadcrumbs(
     Numerics    sorts rows, or selects on the bits (scope=tensor: two more passes); sums in the order given
     Differs     defaults are those of the authors' example (beta, gamma) and of their program (scale). Convolutions: the
                 authors take rows along the last dimension, here out x (in k k). mergekit: scope=tensor
-    Raises      UsageError: number of weights, betas or gammas, beta outside (0, 1], gamma outside [0, 1], an unknown
-                word; InputError: NaN or infinity
+    Raises      UsageError: a wrong number of weights, betas or gammas, beta outside (0, 1], gamma outside [0, 1],
+                an unknown word; InputError: NaN or infinity
     """
     for value in per_vector(block, beta, "breadcrumbs", "betas"):
         within("breadcrumbs", "beta", value, 0.0, 1.0, open_low=True)

@@ -21,13 +21,14 @@ def consensus(
 
     Math        m_i = [|Delta_i| > threshold_i |D - Delta_i|], D = sum_i Delta_i;  M = [sum_i m_i >= agree]
                 W = W_0 + scale * M * D
-    Symbols     m_i = task i's mask; agree = in how many masks an entry must be (k in the paper); threshold_i = lambda_i
+    Symbols     m_i = task i's mask; D = the sum of all tasks; M = the entries that are kept;
+                agree = in how many masks an entry must be, k of the paper; threshold_i = lambda_i of the paper
     Shapes      T deltas (n, m) -> one (n, m)
     Guarantees  agree 0 is task arithmetic; agree above T is the base; linear in scale; permutation up to rounding
     Numerics    sums in float32 or wider in the order given; one pass
     Differs     the authors choose threshold of each task from 0.2 to 0.6, and scale, on validation data; without data
                 both are fixed here, threshold in the middle of that range
-    Raises      UsageError: number of thresholds, a negative threshold or agree; InputError: NaN or infinity
+    Raises      UsageError: a wrong number of thresholds, a negative threshold or agree; InputError: NaN or infinity
     """
     if agree < 0:
         raise UsageError(f"consensus: agree={agree} is negative")

@@ -66,7 +66,8 @@ def dare(
     Differs     mergekit draws from the global generator, so that its masks depend on the order of work, and its rescale
                 is rescale=l1, which is not unbiased draw by draw; then=ties drops entries whose sum is exactly 0.
                 scale is that of task-arithmetic; 1.0 is usual for one or two vectors and with then=ties
-    Raises      UsageError: number of weights or p, p outside [0, 1), an unknown word; InputError: NaN or infinity
+    Raises      UsageError: a wrong number of weights or p, p outside [0, 1), an unknown word;
+                InputError: NaN or infinity
     """
     for value in per_vector(block, p, "dare", "p"):
         if not 0.0 <= value < 1.0:

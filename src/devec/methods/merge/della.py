@@ -75,8 +75,8 @@ def della(
     Numerics    53 random bits an entry, q in float64; l1 norms in float64 (one more pass over the inputs)
     Differs     defaults are those of the authors' example (drop rate 0.3, window 0.14, scale 1.1). mergekit: epsilon
                 0.15 and rescale=l1, drawn from the global generator
-    Raises      UsageError: number of weights, densities or epsilons, density - epsilon <= 0 or density + epsilon > 1,
-                an unknown word; InputError: NaN or infinity
+    Raises      UsageError: a wrong number of weights, densities or epsilons,
+                density - epsilon <= 0 or density + epsilon > 1, an unknown word; InputError: NaN or infinity
     """
     densities = per_vector(block, density, "della", "densities")
     for d, e in zip(densities, per_vector(block, epsilon, "della", "epsilons"), strict=True):

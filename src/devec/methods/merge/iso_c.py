@@ -24,7 +24,7 @@ def iso_c(
     """Iso-C: the sum of the task vectors, each of its directions at the same length.
 
     Math        sum_i Delta_i = U S V^T, thin; s = mean of S; W = W_0 + scale * s U V^T
-    Symbols     alpha = scale
+    Symbols     scale = alpha of the paper; s = the length that all directions get
     Shapes      T deltas (n, m) -> one (n, m) of the rank of their sum; factors in, factors out
     Guarantees  isotropic: all nonzero singular values of a merged matrix are scale * s; nuclear norm: with scale 1 that
                 of the sum; permutation: order does not matter up to rounding; linear in scale;
@@ -38,7 +38,7 @@ def iso_c(
                 full rank, the paper's code also raises arbitrary directions from 0 to the mean of all min(n, m)
                 values; here the mean is over the rank, and only directions that the sum has are kept. For sums of
                 full rank the two are the same. Published for 2-D tensors; kernels of convolutions: conv
-    Raises      UsageError: no regular expression; InputError: NaN or infinity, naming the vector
+    Raises      UsageError: matrices that is no regular expression; InputError: NaN or infinity, naming the vector
     """
     if not is_matrix(block, matrices, conv):
         return rest(block, others, scale)

@@ -36,7 +36,8 @@ def iso_cts(
                 task triples: the d leading ones of (I - U_c U_c^T) Delta_i, for each i
                 U', V' = polar factors of all left and all right vectors, s = mean of all singular values
                 W = W_0 + scale * s U' V'^T
-    Symbols     alpha = scale; k = c; T vectors of the pool, with or without the tensor
+    Symbols     scale = alpha of the paper; c = k of the paper; T vectors of the pool, with or without the tensor;
+                U_c = left vectors of the common triples; d = task triples of each task
     Shapes      T deltas (n, m) -> one (n, m) of rank at most r; factors in, factors out
     Guarantees  isotropic: with left and right vectors of full rank, all nonzero singular values are scale * s;
                 common 1: Iso-C; permutation: order does not matter up to rounding; linear in scale;
@@ -46,8 +47,10 @@ def iso_cts(
     Differs     one task does not come back: its singular values become equal. scale 1.5 is what FusionBench ran for
                 eight CLIP ViT-B/32 tasks, common 0.8 the paper's. r is the rank of the sum, so that adapters too have
                 task-specific directions; the paper's code takes min(n, m), the same for sums of full rank. That code
-                can ask for more task directions than there are (common near 0): here T d stays at most r
-    Raises      UsageError: common outside [0, 1], or no regular expression; InputError: NaN or infinity
+                can ask for more task directions than there are (common near 0): here T d stays at most r. Equal
+                singular values at either cut are told apart by the factorisation, and the result then depends on it
+    Raises      UsageError: common outside [0, 1], or matrices that is no regular expression;
+                InputError: NaN or infinity
     """
     if not 0.0 <= common <= 1.0:
         raise UsageError(f"iso-cts wants common between 0 and 1, got {common:g}")

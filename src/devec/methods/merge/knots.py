@@ -43,7 +43,8 @@ def knots(
                 inner ties: per task keep the density largest entries by size; elect for each entry the sign of the sum
                     over tasks; mean over the entries that have it
                 inner mean, task-arithmetic: mean or sum of the C_i
-    Symbols     topK = density (as a fraction), concat_across_output = (side is output); T vectors of the pool
+    Symbols     density = topK of the authors' code, as a fraction; side=output: its concat_across_output;
+                T vectors of the pool
     Shapes      T deltas (n, m) -> one (n, m) of rank at most that of [Delta_1 .. Delta_T]; factors in, factors out
     Guarantees  linear: with inner mean or task-arithmetic the basis drops out: exactly that mean or sum;
                 lossless: U C_i = Delta_i, so one task with density 1 and scale 1 comes back to rounding;
@@ -59,7 +60,8 @@ def knots(
                 s <= 1e-5, here the limit follows the deltas; they give an entry whose sum is exactly 0 the sign of all
                 entries together, which depends on signs of singular vectors, here it becomes 0. Equal singular values
                 leave the basis, and with ties the result, to the factorisation
-    Raises      UsageError: density outside (0, 1], or no regular expression; InputError: NaN or infinity
+    Raises      UsageError: density outside (0, 1], or matrices that is no regular expression;
+                InputError: NaN or infinity
     """
     if not 0.0 < density <= 1.0:
         raise UsageError(f"knots wants density as a fraction in (0, 1], got {density:g}")

@@ -44,7 +44,7 @@ def star(
     Differs     one task does not come back: it is cut (unless eta is 1). eta 0.4 is the default of the paper's
                 code. Equal singular values at the cut are told apart by the factorisation, and the result
                 then depends on it. Vectors are averaged
-    Raises      UsageError: eta outside (0, 1], or no regular expression; InputError: NaN or infinity
+    Raises      UsageError: eta outside (0, 1], or matrices that is no regular expression; InputError: NaN or infinity
     """
     if not 0.0 < eta <= 1.0:
         raise UsageError(f"star wants eta as a fraction in (0, 1], got {eta:g}", remedy="40 percent is eta=0.4.")

@@ -17,13 +17,14 @@ def tall_masks(block: Block, task: str, threshold: list[float] | float = 0.4) ->
     single merged model, but with storing T models.
 
     Math        m = [|Delta_t| > threshold_t |D - Delta_t|], D = sum_i Delta_i;  W_t = W_0 + m * D
-    Symbols     t = task, the vector of that name (or its number from 1); threshold_t = lambda_t
+    Symbols     t = task, the vector of that name (or its number from 1); threshold_t = lambda_t of the paper
     Shapes      T deltas (n, m) -> one (n, m)
     Guarantees  one vector alone comes back; where the others are zero the task's entries come back unchanged;
                 every entry is that of the sum, or 0; permutation up to rounding
     Numerics    sums in float32 or wider in the order given; one pass
     Differs     the authors choose threshold of each task from 0.2 to 0.6 on validation data
-    Raises      UsageError: no such task, number of thresholds, a negative threshold; InputError: NaN or infinity
+    Raises      UsageError: no such task, a wrong number of thresholds, a negative threshold;
+                InputError: NaN or infinity
     """
     one = index_of(block, task, "tall-masks")
     entries = stack(block)

@@ -21,13 +21,13 @@ def task_arithmetic(
     """The sum of the task vectors, times one coefficient.
 
     Math        W = W_0 + scale * sum_i w_i Delta_i
-    Symbols     lambda = scale; w_i = weights[i], 1 each by default; reduce=mean: divided by sum_i w_i
+    Symbols     scale = lambda of the paper; w_i = weights[i], 1 each by default; reduce=mean: divided by sum_i w_i
     Shapes      T deltas (n, m) -> one (n, m)
     Guarantees  linear in scale, weights and deltas; permutation: order does not matter up to rounding;
                 one vector with scale 1 = the fine-tuned model
     Numerics    sums in the compute dtype in the order given; factors stay factors (ranks add)
     Differs     scale defaults to 0.3, the value published for eight vision tasks; for one or two vectors 1.0 is usual
-    Raises      UsageError: number of weights, reduce=mean of weights that sum to zero, an unknown word
+    Raises      UsageError: a wrong number of weights, reduce=mean of weights that sum to zero, an unknown word
     """
     one_of("task-arithmetic", "reduce", reduce, "sum", "mean")
     if weights is not None and len(weights) != len(block.deltas):

@@ -81,7 +81,7 @@ def ties(
                 code keeps one entry more. scope=tensor as in mergekit and PEFT; the authors trim the whole model.
                 scale 0.3 with reduce=sum is the value published for eight vision tasks. mergekit and PEFT: zero=plus.
                 A module that an adapter lacks counts as zeros
-    Raises      UsageError: number of weights or densities, density outside (0, 1], an unknown word;
+    Raises      UsageError: a wrong number of weights or densities, density outside (0, 1], an unknown word;
                 InputError: NaN or infinity
     """
     for value in per_vector(block, density, "ties", "densities"):

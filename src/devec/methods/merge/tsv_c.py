@@ -36,7 +36,8 @@ def tsv_c(
     Differs     numbers of compressed models are not comparable with those of merged ones: T models are kept, and which
                 task an input belongs to must be known. Published at k = floor(min(n, m) / T), where the T factored
                 models take about as many numbers as one full one. A matrix with fewer rows or columns than tasks keeps
-                one triple (k = 0 would lose it). Vectors, and what matrices and conv leave out, stay as they are
+                one triple (k = 0 would lose it). Vectors, and what matrices and conv leave out, stay as they are. Equal
+                singular values at the cut are told apart by the factorisation, and the result then depends on it
     Raises      UsageError: a task that is not in the pool, rank below 1; InputError: NaN or infinity
     """
     if rank is not None and rank < 1:

@@ -30,7 +30,7 @@ def tsv_m(
                 U = [U_1 .. U_T], V = [V_1 .. V_T], S = diag(S_1 .. S_T)
                 U' = nearest matrix to U with orthonormal columns = P Q^T of its SVD P D Q^T; V' likewise
                 W = W_0 + scale * U' S V'^T
-    Symbols     alpha = scale; k = rank, if that is less; T vectors of the pool, with or without the tensor
+    Symbols     scale = alpha of the paper; k = rank, if that is less; T vectors of the pool, with or without the tensor
     Shapes      T deltas (n, m) -> one (n, m) of rank at most T k; factors in, factors out
     Guarantees  identity: one task with scale 1 comes back exactly; equal tasks give their leading k triples;
                 orthogonal: tasks whose leading directions are orthogonal on both sides are summed as they are;
@@ -45,8 +45,10 @@ def tsv_m(
                 conv=other. It keeps k directions even where a delta has fewer, and a full basis where the stack is
                 rank-deficient; what the SVD returns there is arbitrary (it makes the merge of a model with itself
                 arbitrary), and here it is left out. A tensor with fewer rows or columns than tasks (k = 0) would
-                become zero; here it is treated like the other ones (others)
-    Raises      UsageError: rank below 1, or no regular expression; InputError: NaN or infinity, naming the vector
+                become zero; here it is treated like the other ones (others). Equal singular values at the cut are told
+                apart by the factorisation, and the result then depends on it
+    Raises      UsageError: rank below 1, or matrices that is no regular expression;
+                InputError: NaN or infinity, naming the vector
     """
     if rank is not None and rank < 1:
         raise UsageError(f"tsv-m wants a rank from 1 on, got {rank}")

@@ -46,15 +46,16 @@ def wudi(
                 ridge: M = argmin L(M) + lambda |M - M_0|_F^2 = M_0 - K (S + lambda I)^-1, where
                     G_i = Delta_i^T Delta_i / |Delta_i|_F^2, S = sum_i G_i, K = sum_i (M_0 - Delta_i) G_i,
                     lambda = ridge * |S|_F^2 / tr S
-    Symbols     lambda / ridge is a mean eigenvalue of S, weighted with the eigenvalues themselves
+    Symbols     lambda / ridge: a mean eigenvalue of S, weighted with the eigenvalues themselves;
+                M_0 = the sum of the task vectors; tr = trace
     Shapes      T deltas (n, m) -> one (n, m)
     Guarantees  identity: one task comes back exactly, with either solver;
                 better: with ridge, L(M) is never above L(M_0);
                 limits: ridge -> infinity is task arithmetic (the sum), ridge -> 0 a minimiser of L;
                 permutation: order does not matter up to rounding;
-                ridge only: tasks whose rows are orthogonal are summed; homogeneous of degree 1 in the deltas;
-                Delta_i -> Q Delta_i R with orthogonal Q, R turns the result alike; adapters give an adapter of rank at
-                most the sum of their ranks
+                ridge only: tasks whose rows are orthogonal are summed, the result is homogeneous of
+                degree 1 in the deltas, Delta_i -> Q Delta_i R with orthogonal Q, R turns it alike, and adapters give
+                an adapter of rank at most the sum of their ranks
     Numerics    S and K in float64. The gradient is 2 ((M - M_0) S + K): a step costs one product with S whatever the
                 number of tasks. adam keeps M - M_0, its gradient and moments in the compute dtype; ridge is one
                 Cholesky solve in float64, of the size of the smaller of m and T n
