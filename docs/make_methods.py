@@ -160,15 +160,33 @@ def parameters(method: Method) -> Iterator[str]:
     if method.kind == "decompose":
         yield "Options of `devec decompose`, each with its default and why: [defaults.md](../defaults.md)."
         return
-    yield "| `--set` | Type | Default |"
+    yield f"| {'Parameter' if method.needs else '`--set`'} | Type | Default |"
     yield "|---|---|---|"
     hints = inspect.get_annotations(method.call, eval_str=True)
     for name, parameter in method.parameters.items():
         yield f"| `{name}` | {type_of(hints[name])} | {default_of(parameter)} |"
 
 
+SUITE = (
+    "# suite.yaml",
+    "model: {python: net.py:build}  # or {transformers: image-classification}",
+    "select: {from: train}",
+    "tasks: [{name: poetry, data: poetry.npz}, {name: law, data: law.npz}]",
+)
+"""What data-dependent methods take their statistics from, in the tests' workspace."""
+
+
 def examples(method: Method) -> Iterator[str]:
-    """Command lines, which the tests run. Raises ValueError: a required parameter has no example."""
+    """Command lines, or Python where there is none, which the tests run. Raises ValueError: a required parameter has no
+    example."""
+    if method.needs:
+        kind = method.needs[0]
+        sources = '["tuned/poetry", "tuned/law"]'
+        yield "import devec"
+        yield ""
+        yield f'found = devec.collect("{kind}", {sources}, "{kind}", base="base", suite="suite.yaml", examples=4)'
+        yield f'merged = devec.merge("{method.name}", {sources}, base="base", statistics_of=found)'
+        return
     base = "--base base " if method.needs_base else ""
     if method.kind == "decompose":
         yield f"devec decompose {base}tuned/poetry tuned/law -o parts"
@@ -188,7 +206,8 @@ def page_of(method: Method) -> str:
     lines = [f"# `{method.name}`", "", prose(page.summary), ""]
     for words in page.paragraphs:
         lines += [prose(words), ""]
-    lines += [*facts(method), "", "```sh", *examples(method), "```", "", *parameters(method)]
+    language, suite = ("python", ["", "```yaml", *SUITE, "```"]) if method.needs else ("sh", [])
+    lines += [*facts(method), *suite, "", f"```{language}", *examples(method), "```", "", *parameters(method)]
     for section, text in page.sections.items():
         lines += ["", f"## {TITLES[section]}", ""]
         if section == "Math":

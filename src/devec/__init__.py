@@ -28,6 +28,7 @@ _HOME = {
     # verbs
     "analogy": "devec.core.vectors",
     "apply": "devec.api.apply",
+    "collect": "devec.api.collect",
     "compare": "devec.api.inspect",
     "decompose": "devec.api.decompose",
     "eval": "devec.api.eval",
@@ -42,6 +43,7 @@ _HOME = {
     "negate": "devec.api.negate",
     "open_model": "devec.api.references",
     "read_coefficients": "devec.api.coefficients",
+    "read_statistics": "devec.api.statistics",
     "register": "devec.methods.registry",
     "save": "devec.api.save",
     "save_coefficients": "devec.api.coefficients",
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from devec.api.apply import apply as apply
     from devec.api.coefficients import read_coefficients as read_coefficients
     from devec.api.coefficients import save_coefficients as save_coefficients
+    from devec.api.collect import collect as collect
     from devec.api.decompose import decompose as decompose
     from devec.api.decompose import save_decomposition as save_decomposition
     from devec.api.edit import Edited as Edited
@@ -72,6 +75,7 @@ if TYPE_CHECKING:
     from devec.api.references import load_vector as load  # noqa: F401
     from devec.api.references import open_model as open_model
     from devec.api.save import save as save
+    from devec.api.statistics import read_statistics as read_statistics
     from devec.core.coefficients import Coefficients as Coefficients
     from devec.core.decomposition import Decomposition as Decomposition
     from devec.core.delta import DenseDelta as DenseDelta

@@ -42,6 +42,16 @@ class Case:
     by_rows: Callable[[Block, Sequence[int]], Parts] | None = None
 
 
+def statistics(b: Block) -> dict[str, object]:
+    """Diagonal Fisher and second moments of each vector: of its name, not of its place."""
+    n, m = b.layout.matrix_shape
+    made = [generator(100 + ord(v[0])) for v in b.vectors]
+    squares = [torch.randn(n, m, generator=g).square() for g in made]
+    inputs = [torch.randn(3 * m, m, generator=g) for g in made]
+    return {"fisher": squares, "fisher_norm": [float(s.norm()) for s in squares],
+            "moments": [X.T @ X / len(X) for X in inputs]}
+
+
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
@@ -59,7 +69,8 @@ def merge_case(method: registry.Method) -> Case:
         return {"merged": method.call(some(b), **given)}
 
     def some(b: Block) -> Block:
-        return replace(b, vectors=b.vectors[:takes], deltas=b.deltas[:takes])
+        stats = statistics(b) if method.needs else {}
+        return replace(b, vectors=b.vectors[:takes], deltas=b.deltas[:takes], stats=stats)
 
     def by_rows(b: Block, cuts: Sequence[int]) -> Parts:
         whole = prepared(method, some(b), given)

@@ -114,7 +114,7 @@ GRAINS: dict[str, tuple[Grain, Callable[[Block], Delta]]] = {
     "trial-matrix": ("matrix", trial_matrix),
     "trial-tensor": ("tensor", trial_matrix),
 }
-REGISTERED = [Subject(m.kind, m.name) for m in registry.all_methods()]
+REGISTERED = [Subject(m.kind, m.name) for m in registry.all_methods() if not m.needs]
 VARIANTS = [
     Subject("merge", "ties", more=("scope=model", "zero=majority")),
     Subject("merge", "dare", more=("then=ties", "rescale=l1")),

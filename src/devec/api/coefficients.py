@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -98,18 +98,8 @@ def weighted(
             remedy="Leave these parameters out.",
         )
     check_names(c.vectors, pool.names)
-    for what, key, now in (
-        ("the parts were read another way", "view", view_of(view)),
-        ("other tensors were selected", "selection", selection_of(selection)),
-    ):
-        then = c.learned.get(key, now)
-        if then != now:
-            raise IncompatibleError(
-                f"when the coefficients were learned, {what}",
-                values={"then": then or "as stored", "now": now or "as stored"},
-                remedy="Merge with the recipe that they were learned with.",
-            )
-    _check_inputs(c, pool, base)
+    check_reading("coefficients were learned", c.learned, view, selection)
+    check_inputs("coefficients were learned", c.inputs, c.base, pool, base)
     pool = pool if base is None else spelt(pool, base)
     trim = c.learned.get("trim")
     return c.scaled(pool if trim is None else agreeing(pool, float(trim))), {"scale": 1.0}
@@ -126,16 +116,34 @@ def spelt(pool: Pool, base: TensorSource) -> Pool:
     return replace(pool, vectors=tuple(map(one, pool)))
 
 
-def _check_inputs(c: Coefficients, pool: Pool, base: TensorSource | None) -> None:
+def check_reading(what: str, then: Mapping[str, Any], view: ViewLike, selection: Selection | None) -> None:
+    """Raises IncompatibleError where parts or tensors are not read as they were when ``what`` happened."""
+    for text, key, now in (
+        ("the parts were read another way", "view", view_of(view)),
+        ("other tensors were selected", "selection", selection_of(selection)),
+    ):
+        before = then.get(key, now)
+        if before != now:
+            raise IncompatibleError(
+                f"when the {what}, {text}", values={"then": before or "as stored", "now": now or "as stored"},
+                remedy="Merge with the recipe that they were learned with.",
+            )
+
+
+def check_inputs(
+    what: str, inputs: Sequence[Mapping[str, Any]], under: Mapping[str, Any] | None, pool: Pool,
+    base: TensorSource | None,
+) -> None:
+    """Raises IncompatibleError where a vector or the base is not, by its hash, the one recorded."""
     named: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [
-        (f"vector {v.name}", then, input_record(v).to_dict()) for v, then in zip(pool, c.inputs, strict=False)
+        (f"vector {v.name}", then, input_record(v).to_dict()) for v, then in zip(pool, inputs, strict=False)
     ]
-    if base is not None and c.base is not None:
-        named.append(("base", c.base, base_record(base).to_dict()))
-    for what, then, now in named:
+    if base is not None and under is not None:
+        named.append(("base", under, base_record(base).to_dict()))
+    for who, then, now in named:
         if "sha256" in then and "sha256" in now and then["sha256"] != now["sha256"]:
             raise IncompatibleError(
-                f"the {what} is not what the coefficients were learned on",
+                f"the {who} is not what the {what} on",
                 values={"then": then.get("reference"), "now": now.get("reference")},
                 remedy="Give the inputs of learning, or learn again.",
             )

@@ -25,6 +25,7 @@ from devec.api.output import (
 from devec.api.references import ViewLike, existing, load_pool, open_model, parse
 from devec.api.settings import Settings, bind
 from devec.api.sources import hub_of, public_name
+from devec.api.statistics import Statistics, checked, names_in, once_known, stats_of
 from devec.api.whole import WholeModel, WholeTensor, by_blocks, find
 from devec.core.block import Block
 from devec.core.coefficients import Coefficients
@@ -142,6 +143,8 @@ class Merged:
     looks: int = 0
     """How often an input is read, at most, before it is merged."""
     coefficients: Coefficients | None = None
+    data: Callable[[], Statistics] | None = None
+    """What was collected of the data that the method needs."""
 
     @property
     def reference_base(self) -> TensorSource | None:
@@ -161,21 +164,25 @@ def merge(
     workers: int | None = None,
     statistics: Any = None,
     coefficients: str | Path | Coefficients | None = None,
+    statistics_of: str | Path | Statistics | Callable[[], Statistics] | None = None,
 ) -> Merged:
     """Run a registered merge method block by block, lazily.
 
     ``parameters`` are numbers and words, or vary over the model (see ``api.varying``).
     ``workers`` threads take the pass over the whole model that some methods need (all cores by default);
     ``coefficients`` (what ``learn`` returns, or its file) take the place of task arithmetic's scale and weights.
-    ``statistics`` is what that pass found in another process, which is then not taken here.
+    ``statistics`` is what that pass found in another process, which is then not taken here. ``statistics_of`` is what
+    ``collect`` found (or its folder, or a function that gives it when the first tensor is merged), for a method that
+    needs data.
 
     Raises UsageError for an unknown method or parameter (with a suggestion), and when the method needs a base that is
-    not given; IncompatibleError for coefficients that were learned on other inputs.
+    not given, or data; IncompatibleError for coefficients and statistics of other inputs.
     """
     chosen = registry.get("merge", method)
     settings = bind(chosen, parameters or {})
     if not sources:
         raise UsageError("merge got no sources", remedy="Name at least one model or adapter.")
+    _check_needs(chosen, statistics_of is not None, base is not None)
     under = open_model(base) if base is not None else None
     if under is None and (whole := [s for s in sources if _is_checkpoint(s)]):
         if chosen.needs_base:
@@ -201,8 +208,25 @@ def merge(
     if chosen.measures_model(common):
         known = statistics is not None
         found = once(lambda: statistics if known else find(chosen, WholeModel(scaled, chosen, common, workers), common))
-    vector = merged_vector(chosen, scaled, bound, found)
-    return Merged(chosen.name, vector, pool, under, tuple(notes), found, looks, learned)
+    data: Callable[[], Statistics] | None = None
+    stats: Callable[[Block], Mapping[str, object]] | None = None
+    if statistics_of is not None and under is not None:
+        data = once_known(statistics_of, lambda s: checked(s, chosen, pool, under, view, selection))
+        stats = stats_of(data, names_in(pool, under))
+    vector = merged_vector(chosen, scaled, bound, found, stats)
+    return Merged(chosen.name, vector, pool, under, tuple(notes), found, looks, learned, data)
+
+
+def _check_needs(method: registry.Method, data: bool, base: bool) -> None:
+    if method.needs and not data:
+        raise UsageError(
+            f"{method.name} needs data: {', '.join(method.needs)} of every fine-tune on its own task",
+            remedy="In Python: devec.merge(..., statistics_of=devec.collect(...)).",
+        )
+    if data and not method.needs:
+        raise UsageError(f"{method.name} needs no data", remedy="Leave out statistics_of.")
+    if data and not base:
+        raise UsageError(f"{method.name} needs the base", remedy="Give --base BASE.")
 
 
 def _over(settings: Settings, pool: Pool, base: TensorSource | None) -> dict[str, dict[str, Any]]:
@@ -229,14 +253,19 @@ def merged_vector(
     pool: Pool,
     parameters: Mapping[str, Mapping[str, Any]],
     model: Callable[[], Any] | None = None,
+    stats: Callable[[Block], Mapping[str, object]] | None = None,
 ) -> TaskVector:
     """The method's result as a lazy task vector over every tensor that any vector touches.
 
-    ``parameters`` are those of each tensor; ``model`` gives what a method finds that goes over the whole model first.
+    ``parameters`` are those of each tensor; ``model`` gives what a method finds that goes over the whole model first,
+    ``stats`` what it needs of data for a block.
     """
 
     def make(name: str) -> Delta:
-        return merged_delta(method, pool.block(name), parameters[name], model)
+        block = pool.block(name)
+        if stats is not None:
+            block = replace(block, stats=stats(block))
+        return merged_delta(method, block, parameters[name], model)
 
     first = pool[0]
     names = pool.tensors()
@@ -356,6 +385,8 @@ def check_is_change(merged: Merged, compression: Compression) -> None:
 def _saving(merged: Merged, saving: Saving) -> Saving:
     """With the inputs, and what the coefficients were learned on."""
     saving = saving.for_inputs(merged.pool, merged.reference_base)
+    if merged.data is not None:
+        saving = replace(saving, parameters={**saving.parameters, "statistics": merged.data().description})
     if merged.coefficients is None:
         return saving
     parameters = {**saving.parameters, "coefficients": described(merged.coefficients)}

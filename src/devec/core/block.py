@@ -20,7 +20,8 @@ class Block:
 
     ``base``      the base weight as the matrix ``out x in``, or ``None`` when the method needs none
     ``stats``     per-tensor statistics that a method asked for with ``needs=``: activation second moments
-                  ("moments"), diagonal Fisher ("fisher"), masks ("mask"); "measured" is what its ``measure`` found
+                  ("moments"), diagonal Fisher ("fisher") and its norm over the model ("fisher_norm"), one value per
+                  vector, ``None`` for what a vector lacks; "measured" is what its ``measure`` found
     ``first_row`` where in the whole the rows of a part begin
     ``flipped``   True where rows of the block are columns of the matrix (see :meth:`in_file`)
     """
